@@ -1,0 +1,75 @@
+# `make test` and `make book` need Python 3.11 or later and nothing else: everything goes into .venv.
+# METATUTOR_DATA (a folder with Omniglot) and METATUTOR_PRESET (fast or full) are taken from your environment.
+
+ifndef PYTHON
+PYTHON := $(firstword $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done))
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCHMARKS := $(sort $(wildcard benchmarks/[a-z]*.py))
+
+export METATUTOR_PRESET ?= fast
+export JUPYTER_PREFER_ENV_PATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	echo "metatutor needs Python 3.11 or later; install it, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	exit 1; }
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint types unit notebooks book links format benchmarks stamp clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## create .venv with the tested set of packages
+
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(NEEDS_PYTHON)
+	@test -x $(BIN)/pip || "$(PYTHON)" -m venv $(VENV) || { echo "$(PYTHON) cannot create a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
+test: lint types unit notebooks ## check style and types, run all tests and every notebook
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
+	$(BIN)/python -m pytest -q --durations=10
+
+notebooks: $(INSTALLED) ## only the notebooks, fast preset
+	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=900 --durations=0 notebooks
+
+book: $(INSTALLED) ## run every notebook and build the book, warnings being errors
+	$(BIN)/jupyter-book build --all -n -W --keep-going .
+	$(BIN)/python book/_ext/check_pages.py _build/html
+	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
+
+links: $(INSTALLED) ## check every link of the book (needs the network)
+	$(BIN)/jupyter-book build --all --builder linkcheck .
+
+format: $(INSTALLED) ## put code and notebooks into the project's format, and clear outputs
+	$(BIN)/python book/_ext/clear_outputs.py $(wildcard notebooks/*.ipynb)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
+
+stamp: ## write the repository's address everywhere: make stamp URL=https://github.com/you/fork
+	@test -n "$(URL)" || { echo "say which: make stamp URL=https://github.com/you/fork" >&2; exit 1; }
+	@$(NEEDS_PYTHON)
+	@"$(PYTHON)" book/_ext/stamp.py "$(URL)"
+
+clean: ## remove .venv, the built book and every cache
+	rm -rf $(VENV) _build build *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

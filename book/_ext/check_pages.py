@@ -1,0 +1,76 @@
+"""Look over the built pages as a reader's browser would: `python book/_ext/check_pages.py _build/html`.
+
+Fails if a picture has no alternative text, or a link or file inside the book does not exist. Sphinx checks the
+references in the sources; this checks what came out, the pictures that notebooks drew included.
+"""
+
+from __future__ import annotations
+
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+NOT_PAGES = {"genindex.html", "search.html", "py-modindex.html"}
+
+
+class Page(HTMLParser):
+    """The ids, pictures and links of one HTML page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.targets: list[str] = []
+        self.pictures: list[tuple[str, str | None]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        for name in ("id", "name") if tag == "a" else ("id",):
+            self.ids.add(attributes.get(name) or "")
+        if tag == "img":
+            self.pictures.append((attributes.get("src") or "", attributes.get("alt")))
+        if tag == "svg" and attributes.get("role") == "img" and not attributes.get("aria-hidden"):
+            self.pictures.append(("an inline drawing", attributes.get("aria-label")))
+        for name in ("href", "src"):
+            if tag in ("a", "img", "script", "link") and attributes.get(name):
+                self.targets.append(attributes[name] or "")
+
+
+def problems(folder: Path) -> list[str]:
+    """Every fault of the pages in `folder`, one line each."""
+    pages = {path.resolve(): Page(path) for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts}
+    found = []
+    for path, page in pages.items():
+        where = path.relative_to(folder.resolve())
+        if path.name in NOT_PAGES or where.parts[0] == "_modules":
+            continue
+        for source, text in page.pictures:
+            # a picture whose text is its own file name was given none: that is what a notebook's plot falls back to
+            if not (text or "").strip() or (text or "").endswith((".png", ".svg", ".jpg", ".jpeg")):
+                found.append(f"{where}: no alternative text for {source[:60]}")
+        for target in page.targets:
+            parts = urlsplit(target)
+            if parts.scheme or parts.netloc:
+                continue
+            linked = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            linked = linked / "index.html" if linked.is_dir() else linked
+            if not linked.exists():
+                found.append(f"{where}: no file for the link {target}")
+            elif parts.fragment and linked in pages and unquote(parts.fragment) not in pages[linked].ids:
+                found.append(f"{where}: no place on the page for the link {target}")
+    return sorted(set(found))
+
+
+def main(folder: str) -> int:
+    """Print the faults; return the exit status."""
+    if not Path(folder).is_dir():
+        print(f"there is no folder {folder}; build the book first: make book", file=sys.stderr)
+        return 1
+    found = problems(Path(folder))
+    print("\n".join(found) if found else "every picture has a text, every link inside the book a target")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

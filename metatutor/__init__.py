@@ -1,0 +1,36 @@
+"""metatutor: meta-learning for convolutional networks, each method tested against its paper."""
+
+from metatutor.backbones import ConvNet
+from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
+from metatutor.data import Omniglot, Splits, Strokes
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.evaluation import Evaluation, evaluate
+from metatutor.learner import Learner
+from metatutor.optimization import MAML
+from metatutor.recording import load_run, run_names
+from metatutor.training import TrainConfig, train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MAML",
+    "ClassImages",
+    "ConvNet",
+    "Episode",
+    "EpisodeSampler",
+    "EpisodeSpec",
+    "Evaluation",
+    "Learner",
+    "NearestPixels",
+    "Omniglot",
+    "PretrainedCosine",
+    "PretrainedFinetuned",
+    "Scratch",
+    "Splits",
+    "Strokes",
+    "TrainConfig",
+    "evaluate",
+    "load_run",
+    "run_names",
+    "train",
+]

@@ -1,0 +1,158 @@
+"""The networks that learners adapt or embed with: blocks of convolutions, then fully connected layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.twice import EPSILON, batch_norm, conv2d
+
+Normalization = Literal["batch", "support", "group"]
+Pooling = Literal["stride", "max"]
+
+
+class ConvNet(nn.Module):
+    """Blocks of convolution, normalisation and ReLU, each halving the image, then fully connected layers.
+
+    With its defaults this is the Conv-4 of the MAML paper's Omniglot experiment; `hidden=(64,)` gives the
+    article's network of four convolutional and two fully connected layers; `pooling="max"` gives the Conv-4
+    of Matching and Prototypical Networks.
+
+    The normalisation policy says whose statistics normalise an image:
+
+    - `"batch"`: those of all images of the call. Query images are normalised together, as in the MAML code,
+      so an answer may depend on the other queries: transductive.
+    - `"support"`: those of the first `n_support` images of the call, the support set: inductive.
+    - `"group"`: those of the image itself, over groups of channels: inductive.
+
+    No policy keeps running averages, so nothing leaks from one task to the next.
+
+    Args:
+        n_outputs: logits at the end; the ways of a task.
+        filters: channels of every convolution.
+        n_blocks: convolutional blocks.
+        pooling: how a block halves its image: `"stride"` (a strided convolution) or `"max"` (2×2 max-pooling).
+        hidden: widths of fully connected layers before the last one.
+        normalization: `"batch"`, `"support"` or `"group"`.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels.
+
+    Raises:
+        ValueError: if a size is not positive, an option is unknown, or the image is too small for the blocks.
+
+    Example:
+        >>> network = ConvNet(n_outputs=5)
+        >>> network(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 5])
+
+    Reference:
+        Finn et al. (2017), section 5.2; Vinyals et al. (2016), section 4.1.1; group normalisation: Wu & He (2018).
+    """
+
+    def __init__(
+        self,
+        n_outputs: int,
+        *,
+        filters: int = 64,
+        n_blocks: int = 4,
+        pooling: Pooling = "stride",
+        hidden: Sequence[int] = (),
+        normalization: Normalization = "batch",
+        in_channels: int = 1,
+        image_size: int = 28,
+    ) -> None:
+        super().__init__()
+        _check_options(pooling, normalization)
+        _check_sizes(n_outputs=n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels)
+        _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        size = image_size
+        for _ in range(n_blocks):
+            size = (size + 1) // 2 if pooling == "stride" else size // 2
+        if size < 1:
+            raise ValueError(f"{n_blocks} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
+        self.n_outputs, self.normalization = n_outputs, normalization
+        self.image_shape = (in_channels, image_size, image_size)
+        channels = [in_channels] + [filters] * n_blocks
+        self.blocks = nn.ModuleList(
+            ConvBlock(i, o, pooling, normalization) for i, o in zip(channels, channels[1:], strict=False)
+        )
+        widths = [filters * size * size, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.head = nn.Linear(widths[-1], n_outputs)
+
+    @property
+    def embedding_size(self) -> int:
+        """Length of an embedding: what enters the last fully connected layer."""
+        return self.head.in_features
+
+    @property
+    def transductive(self) -> bool:
+        """Whether the logits of one image may depend on the other images that are not support."""
+        return self.normalization == "batch"
+
+    def embed(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n embedding"]:
+        """What enters the last fully connected layer."""
+        for block in self.blocks:
+            images = block(images, n_support)
+        embedding = images.flatten(1)
+        for layer in self.hidden:
+            embedding = F.relu(layer(embedding))
+        return embedding
+
+    def forward(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n output"]:
+        """Logits of `n` images; the first `n_support` (default: all) are the support set of the normalisation."""
+        return self.head(self.embed(images, n_support))
+
+
+class ConvBlock(nn.Module):
+    """Convolution 3×3, normalisation, halving, ReLU.
+
+    Max-pooling comes before the ReLU: the two commute, and the ReLU then touches a quarter of the values.
+    The convolution has no bias, since the normalisation that follows would take it away again.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, pooling: Pooling, normalization: Normalization) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as in torch.nn.Conv2d
+        self.scale = nn.Parameter(torch.ones(out_channels))
+        self.shift = nn.Parameter(torch.zeros(out_channels))
+        self.stride = 2 if pooling == "stride" else 1
+        self.normalization = normalization
+
+    def forward(self, images: Tensor, n_support: int | None) -> Tensor:
+        images = self.normalize(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
+        if self.stride == 1:
+            images = F.max_pool2d(images, 2)
+        return F.relu(images)
+
+    def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
+        if self.normalization == "group":
+            return F.group_norm(images, gcd(8, images.shape[1]), self.scale, self.shift, EPSILON)
+        if self.normalization == "batch" or n_support is None:
+            return batch_norm(images, self.scale, self.shift)
+        variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
+        scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
+        return (images - mean) * scale + self.shift[:, None, None]
+
+
+def _check_options(pooling: str, normalization: str) -> None:
+    for name, value, options in (("pooling", pooling, Pooling), ("normalization", normalization, Normalization)):
+        if value not in get_args(options):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}")
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be a positive integer, got {size}")

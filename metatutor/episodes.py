@@ -1,0 +1,236 @@
+"""Tasks: what one looks like (`EpisodeSpec`), its data (`Episode`), and where they come from (`EpisodeSampler`).
+
+Images reach an episode from a `ClassImages`: one uint8 tensor of drawings, grouped by class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """The shape of a task: `n_way` classes, `k_shot` support and `n_query` query images of each.
+
+    Args:
+        n_way: classes in a task, at least 1.
+        k_shot: labelled (support) images of each class, at least 1.
+        n_query: images of each class to classify (query), at least 1.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
+
+    Example:
+        >>> EpisodeSpec(n_way=5, k_shot=1, n_query=15)
+        EpisodeSpec(n_way=5, k_shot=1, n_query=15)
+
+    Reference:
+        Vinyals et al. (2016), Matching Networks for One Shot Learning, section 4.1.
+    """
+
+    n_way: int = 5
+    k_shot: int = 1
+    n_query: int = 15
+
+    def __post_init__(self) -> None:
+        for name in ("n_way", "k_shot", "n_query"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class ClassImages:
+    """Images by class: `images[c, d]` is drawing `d` of class `c`, pixels 0 (paper) to 255 (ink).
+
+    With `rotations`, every class counts four times: as drawn, and turned by 90, 180 and 270 degrees.
+    The turned classes are virtual: class `4 * c + r` is class `c` turned `r` times; no pixel is copied.
+
+    Args:
+        images: `[class, drawing, channel, height, width]`, uint8.
+        names: one name a class, such as `"Greek/character03"`.
+        rotations: whether the three turned copies of each class count as classes.
+
+    Raises:
+        ValueError: if names and images differ in number, or rotations are asked of images that are not square.
+
+    Example:
+        >>> classes = ClassImages(torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b", "c"), rotations=True)
+        >>> len(classes), classes.name(6)
+        (12, 'b (turned 180°)')
+
+    Reference:
+        Rotated classes: Santoro et al. (2016), section 4.1.
+    """
+
+    images: UInt8[Tensor, "drawn_class drawing channel height width"]
+    names: Sequence[str]
+    rotations: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.images):
+            raise ValueError(f"{len(self.images)} classes of images but {len(self.names)} names; give one name a class")
+        if self.rotations and self.images.shape[-1] != self.images.shape[-2]:
+            height, width = self.images.shape[-2:]
+            raise ValueError(f"rotations need square images, got {height}×{width}; resize them or drop rotations")
+
+    def __len__(self) -> int:
+        return len(self.images) * (4 if self.rotations else 1)
+
+    def name(self, index: int) -> str:
+        """The name of class `index`, with its rotation if it is turned."""
+        if not self.rotations:
+            return self.names[index]
+        turned = f" (turned {90 * (index % 4)}°)" if index % 4 else ""
+        return self.names[index // 4] + turned
+
+    def with_rotations(self) -> ClassImages:
+        """The same drawings with every class counted four times, once for each quarter turn."""
+        return replace(self, rotations=True)
+
+    def to(self, device: torch.device | str) -> ClassImages:
+        """The same classes with their pixels on `device`."""
+        return replace(self, images=self.images.to(device))
+
+    def take(
+        self, classes: Int64[Tensor, "*batch"], drawings: Int64[Tensor, "*batch n"]
+    ) -> UInt8[Tensor, "*batch n channel height width"]:
+        """The named drawings of the named classes, turned where the class is a turned one."""
+        device = self.images.device
+        drawn, turns = (classes // 4, classes % 4) if self.rotations else (classes, None)
+        taken = self.images[drawn.unsqueeze(-1).to(device), drawings.to(device)]
+        if turns is not None:
+            for quarter in (1, 2, 3):
+                where = (turns == quarter).to(device)
+                taken[where] = taken[where].rot90(quarter, (-2, -1))
+        return taken
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """A batch of tasks: what a learner may learn from (support) and what it must answer (query).
+
+    Labels run from 0 to `n_way - 1` and mean nothing outside their task.
+
+    Args:
+        support_images: pixels from 0 (paper) to 1 (ink).
+        support_labels: one label a support image.
+        query_images: pixels from 0 (paper) to 1 (ink).
+        query_labels: one label a query image; a learner's `forward` never reads them.
+        n_way: classes in each task.
+
+    Example:
+        >>> images, labels = torch.zeros(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> episode = Episode(images, labels, images, labels, n_way=5)
+        >>> len(episode), len(episode.task(0))
+        (2, 1)
+    """
+
+    support_images: Float[Tensor, "task support channel height width"]
+    support_labels: Int64[Tensor, "task support"]
+    query_images: Float[Tensor, "task query channel height width"]
+    query_labels: Int64[Tensor, "task query"]
+    n_way: int
+
+    def __len__(self) -> int:
+        return len(self.support_images)
+
+    def _map(self, change) -> Episode:  # noqa: ANN001 - a private one-liner
+        return Episode(
+            change(self.support_images),
+            change(self.support_labels),
+            change(self.query_images),
+            change(self.query_labels),
+            self.n_way,
+        )
+
+    def to(self, device: torch.device | str) -> Episode:
+        """The same tasks on `device`."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def tasks(self, which: slice) -> Episode:
+        """The tasks of a slice, still as a batch."""
+        return self._map(lambda tensor: tensor[which])
+
+    def task(self, index: int) -> Episode:
+        """Task `index` alone, as a batch of one.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
+        if not 0 <= index < len(self):
+            raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
+        return self.tasks(slice(index, index + 1))
+
+
+class EpisodeSampler:
+    """Draws tasks: `n_way` distinct classes each, support and query drawings disjoint.
+
+    Every draw comes from one CPU `torch.Generator`, so the same seed gives the same tasks on every
+    platform and device. Which class gets which label is part of the draw.
+
+    Args:
+        classes: where the images come from.
+        spec: the shape of the tasks.
+        seed: where the stream of tasks begins.
+
+    Raises:
+        ValueError: if there are fewer classes than `n_way`, or fewer drawings of a class than `k_shot + n_query`.
+
+    Example:
+        >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
+        >>> EpisodeSampler(classes, EpisodeSpec(5, 1, 15), seed=0).sample(4).query_images.shape
+        torch.Size([4, 75, 1, 28, 28])
+
+    Reference:
+        Vinyals et al. (2016), section 4.1.
+    """
+
+    def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
+        drawings = classes.images.shape[1]
+        if spec.n_way > len(classes):
+            raise ValueError(f"n_way = {spec.n_way} exceeds the {len(classes)} classes of this split; lower n_way")
+        if spec.k_shot + spec.n_query > drawings:
+            raise ValueError(
+                f"k_shot + n_query = {spec.k_shot + spec.n_query} exceeds the {drawings} drawings "
+                f"of class '{classes.names[0]}'; lower n_query"
+            )
+        self.classes, self.spec = classes, spec
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, n_tasks: int) -> Episode:
+        """Draw the next `n_tasks` tasks.
+
+        Raises:
+            ValueError: if `n_tasks` is not positive.
+        """
+        return self.sample_with_classes(n_tasks)[0]
+
+    def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:
+        """Draw the next `n_tasks` tasks; also tell which class each label stands for."""
+        if n_tasks < 1:
+            raise ValueError(f"n_tasks must be positive, got {n_tasks}")
+        n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
+        classes = self._distinct(n_tasks, len(self.classes), n_way)  # [task, way]
+        drawings = self._distinct(n_tasks * n_way, self.classes.images.shape[1], k_shot + n_query)
+        images = self.classes.take(classes, drawings.view(n_tasks, n_way, -1)).float().div_(255)
+        support, query = images.split([k_shot, n_query], dim=2)  # [task, way, shot, channel, height, width]
+        labels = torch.arange(n_way, device=images.device)
+        episode = Episode(
+            support.flatten(1, 2),
+            labels.repeat_interleave(k_shot).repeat(n_tasks, 1),
+            query.flatten(1, 2),
+            labels.repeat_interleave(n_query).repeat(n_tasks, 1),
+            n_way,
+        )
+        return episode, classes
+
+    def _distinct(self, rows: int, population: int, n: int) -> Int64[Tensor, "rows n"]:
+        """In each row, `n` distinct numbers below `population`, in random order."""
+        keys = torch.rand(rows, population, dtype=torch.float64, generator=self.generator)
+        return keys.topk(n, dim=1).indices

@@ -1,0 +1,135 @@
+"""What a learner is worth: mean accuracy over many tasks, with the confidence interval of that mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
+from metatutor.learner import Learner
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean accuracy over episodes and its 95% confidence interval.
+
+    Args:
+        accuracy: mean over episodes of the fraction of query images answered rightly, 0 to 1.
+        ci95: half the width of the 95% confidence interval of that mean: `1.96 * s / sqrt(n_episodes)`, where `s` is
+            the standard deviation over episodes.
+        n_episodes: tasks evaluated.
+        n_way, k_shot, n_query: the shape of the tasks.
+        split: which classes they were drawn from.
+        seed: of the stream of tasks.
+        normalization: the network's normalisation policy, or `"none"`.
+        transductive: whether an answer could depend on the other queries of its task.
+
+    Example:
+        >>> print(Evaluation(0.9871, 0.0023, 1000, 5, 1, 15, "random-0/test", 0, "batch", True))
+        98.7 ± 0.2%
+
+    Reference:
+        The interval is the one the papers report, e.g. Snell et al. (2017), table 1.
+    """
+
+    accuracy: float
+    ci95: float
+    n_episodes: int
+    n_way: int
+    k_shot: int
+    n_query: int
+    split: str
+    seed: int
+    normalization: str
+    transductive: bool
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.1f} ± {100 * self.ci95:.1f}%"
+
+
+def accuracies(
+    learner: Learner, sampler: EpisodeSampler, n_episodes: int, *, tasks_per_batch: int = 32
+) -> Float[Tensor, " task"]:
+    """The accuracy on each of the sampler's next `n_episodes` tasks, with the learner in evaluation mode.
+
+    Args:
+        learner: its device is where the tasks go.
+        sampler: draws the tasks.
+        n_episodes: how many.
+        tasks_per_batch: tasks answered side by side; the result does not depend on it, but for rounding.
+
+    Returns:
+        Fractions from 0 to 1, on the CPU.
+    """
+    device = next((p.device for p in learner.parameters()), sampler.classes.images.device)
+    was_training = learner.training
+    learner.eval()
+    of_batches = []
+    with torch.no_grad():
+        for start in range(0, n_episodes, tasks_per_batch):
+            episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
+            correct = learner(episode).argmax(-1) == episode.query_labels  # [task, query]
+            of_batches.append(correct.double().mean(dim=1).cpu())
+    learner.train(was_training)
+    return torch.cat(of_batches)
+
+
+def evaluate(
+    learner: Learner,
+    classes: ClassImages,
+    spec: EpisodeSpec,
+    *,
+    n_episodes: int = 1000,
+    seed: int = 0,
+    split: str = "",
+    tasks_per_batch: int = 32,
+) -> Evaluation:
+    """Evaluate a learner on tasks drawn from classes, meta-test classes as a rule.
+
+    Args:
+        learner: in any mode; it is evaluated in evaluation mode and its mode restored.
+        classes: where the tasks are drawn from.
+        spec: their shape.
+        n_episodes: how many; at least 2.
+        seed: of the stream of tasks.
+        split: a name for the classes, for the record.
+        tasks_per_batch: tasks answered side by side.
+
+    Returns:
+        The mean accuracy with its interval.
+
+    Raises:
+        ValueError: if there are fewer than 2 episodes, or the classes are too few for the spec.
+
+    Example:
+        >>> from metatutor import NearestPixels, Strokes
+        >>> classes = Strokes.load(n_alphabets=1, characters_per_alphabet=8)
+        >>> evaluate(NearestPixels(), classes, EpisodeSpec(5, 1, 5), n_episodes=10).n_episodes
+        10
+
+    Reference:
+        Vinyals et al. (2016), section 4.1.
+    """
+    if n_episodes < 2:
+        raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
+    of_tasks = accuracies(learner, EpisodeSampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch)
+    return Evaluation(
+        accuracy=of_tasks.mean().item(),
+        ci95=confidence95(of_tasks),
+        n_episodes=n_episodes,
+        n_way=spec.n_way,
+        k_shot=spec.k_shot,
+        n_query=spec.n_query,
+        split=split,
+        seed=seed,
+        normalization=learner.normalization,
+        transductive=learner.transductive,
+    )
+
+
+def confidence95(values: Float[Tensor, " n"]) -> float:
+    """Half the width of the 95% confidence interval of the mean of independent values: `1.96 * s / sqrt(n)`."""
+    return 1.96 * values.std(correction=1).item() / len(values) ** 0.5

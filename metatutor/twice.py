@@ -1,0 +1,255 @@
+"""Convolution and batch normalisation whose second derivatives cost no more than they must.
+
+Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double
+backward of batch normalisation is some thirty passes over the activations, and its double backward of a
+grouped convolution (what `vmap` over tasks turns a convolution into) loops over the groups. The functions
+here say the same mathematics in as few passes as we know. They are ordinary functions of tensors: any
+module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be differentiated
+as often as you like (`batch_norm`: twice).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+EPSILON = 1e-5
+_norm_backward = torch.ops.aten.native_batch_norm_backward
+
+
+def conv2d(
+    images: Float[Tensor, "n c_in h w"], weight: Float[Tensor, "c_out c_in kh kw"], *, stride: int = 1, padding: int = 0
+) -> Float[Tensor, "n c_out h_out w_out"]:
+    """The convolution `torch.nn.functional.conv2d`, with double backward by its own three products.
+
+    A convolution is bilinear, so its value, its gradient in the images and its gradient in the weight are
+    three faces of one trilinear form `<out, images * weight>`; the derivative of each face is the other two.
+
+    Args:
+        images: `[n, c_in, h, w]`.
+        weight: `[c_out, c_in, kh, kw]`.
+        stride: step of the kernel in pixels.
+        padding: zeros added at each border in pixels.
+
+    Returns:
+        `[n, c_out, h_out, w_out]`.
+
+    Example:
+        >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
+        9.0
+
+    Reference:
+        Dumoulin & Visin (2016), A guide to convolution arithmetic, section 4.
+    """
+    return _Conv.apply(images, weight, (stride, padding, 1))
+
+
+def batch_norm(
+    images: Float[Tensor, "n c h w"], weight: Float[Tensor, " c"], bias: Float[Tensor, " c"]
+) -> Float[Tensor, "n c h w"]:
+    """Batch normalisation with the statistics of `images` themselves, its double backward in six passes.
+
+    `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance over n, h and w.
+
+    Args:
+        images: `[n, c, h, w]`.
+        weight: the scale of each channel.
+        bias: the shift of each channel.
+
+    Returns:
+        `[n, c, h, w]`.
+
+    Example:
+        >>> batch_norm(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.ones(1), torch.zeros(1)).flatten().round()
+        tensor([-1.,  1.])
+
+    Reference:
+        Ioffe & Szegedy (2015), algorithm 1.
+    """
+    never_zero = weight + (weight == 0) * 1e-12  # the double backward divides by it
+    return _Norm.apply(images, never_zero, bias)[0]
+
+
+def _into_channels(images: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
+    """`[task, n, c, h, w]` -> `[n, task * c, h, w]`: each task a group of channels."""
+    images = images.unsqueeze(1).expand(-1, n_tasks, -1, -1, -1) if task_dim is None else images.movedim(task_dim, 1)
+    return images.flatten(1, 2)
+
+
+def _into_rows(weight: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
+    """`[task, c, ...]` -> `[task * c, ...]`."""
+    weight = weight.expand(n_tasks, *weight.shape) if task_dim is None else weight.movedim(task_dim, 0)
+    return weight.flatten(0, 1)
+
+
+# --- convolution: three products, each the derivative of the other two ---------------------------------------
+
+Geometry = tuple[int, int, int]  # stride, padding, groups
+
+
+def _conv_backward(out: Tensor, images: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]) -> Any:
+    stride, padding, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        out, images, weight, [0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, mask
+    )
+
+
+def _of_shape(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor of which only the shape is read."""
+    return like.new_empty(1).expand(shape)
+
+
+class _Conv(Function):
+    """`out = images * weight`."""
+
+    @staticmethod
+    def forward(images: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        stride, padding, groups = geometry
+        return F.conv2d(images, weight, None, stride, padding, 1, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        images, weight, ctx.geometry = inputs
+        ctx.save_for_backward(images, weight)
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        images, weight = ctx.saved_tensors
+        to_images, to_weight, _ = ctx.needs_input_grad
+        return (
+            _ConvImages.apply(out, weight, images.shape, ctx.geometry) if to_images else None,
+            _ConvWeight.apply(out, images, weight.shape, ctx.geometry) if to_weight else None,
+            None,
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+        n_tasks, (stride, padding, _) = info.batch_size, geometry
+        images = _into_channels(images, in_dims[0], n_tasks)
+        weight = _into_rows(weight, in_dims[1], n_tasks)
+        return _Conv.apply(images, weight, (stride, padding, n_tasks)).unflatten(1, (n_tasks, -1)), 1
+
+
+class _ConvImages(Function):
+    """The gradient of `<out, images * weight>` in the images."""
+
+    @staticmethod
+    def forward(out: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        return _conv_backward(out, _of_shape(shape, out), weight, geometry, [True, False, False])[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        out, weight, _, ctx.geometry = inputs
+        ctx.save_for_backward(out, weight)
+
+    @staticmethod
+    def backward(ctx: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, weight = ctx.saved_tensors
+        to_out, to_weight, *_ = ctx.needs_input_grad
+        return (
+            _Conv.apply(images, weight, ctx.geometry) if to_out else None,
+            _ConvWeight.apply(out, images, weight.shape, ctx.geometry) if to_weight else None,
+            None,
+            None,
+        )
+
+
+class _ConvWeight(Function):
+    """The gradient of `<out, images * weight>` in the weight."""
+
+    @staticmethod
+    def forward(out: Tensor, images: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+        return _conv_backward(out, images, _of_shape(shape, out), geometry, [False, True, False])[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        out, images, _, ctx.geometry = inputs
+        ctx.save_for_backward(out, images)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out, images = ctx.saved_tensors
+        to_out, to_images, *_ = ctx.needs_input_grad
+        return (
+            _Conv.apply(images, weight, ctx.geometry) if to_out else None,
+            _ConvImages.apply(out, weight, images.shape, ctx.geometry) if to_images else None,
+            None,
+            None,
+        )
+
+
+# --- batch normalisation -------------------------------------------------------------------------------------
+
+
+class _Norm(Function):
+    """`y = weight * x̂ + bias`, where `x̂ = (images - mean) * rstd`; also returns mean and rstd."""
+
+    @staticmethod
+    def forward(images: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        return torch.native_batch_norm(images, weight, bias, None, None, True, 0.0, EPSILON)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        images, weight, _ = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(images, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _NormBackward.apply(out, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        n_tasks = info.batch_size
+        images = _into_channels(images, in_dims[0], n_tasks)
+        weight, bias = (_into_rows(t, d, n_tasks) for t, d in zip((weight, bias), in_dims[1:], strict=True))
+        y, mean, rstd = _Norm.apply(images, weight, bias)
+        return (y.unflatten(1, (n_tasks, -1)), mean.view(n_tasks, -1), rstd.view(n_tasks, -1)), (1, 0, 0)
+
+
+class _NormBackward(Function):
+    r"""The gradients of `<out, y>` in images, weight and bias.
+
+    With `P` the projection that removes, in each channel, the mean and the component along `x̂`:
+    `g = weight * rstd * P(out)`, `g_weight = sum(out * x̂)`, `g_bias = sum(out)`.
+
+    Its own backward, for a direction `u` against `g`, with `n` values a channel and `a = sum(u * x̂)`:
+    `d_out = weight * rstd * P(u)` (the same kernel again, since P is symmetric), `d_weight = sum(u * g) / weight`,
+    `d_images = -rstd / n * (rstd * sum(u * g) * x̂' + g_weight * d_out + a * g)`, where `x̂' = images - mean`.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Any:
+        return _norm_backward(out, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, True])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        g, g_weight, _ = output
+        ctx.save_for_backward(*inputs[1:], g, g_weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> Any:
+        images, weight, mean, rstd, g, g_weight = ctx.saved_tensors
+        n = images.numel() // images.shape[1]
+        d_out, a, _ = _norm_backward(
+            u, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, False]
+        )  # a = sum(u * x̂)
+        zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
+        along = _norm_backward(u, g, None, None, None, zero, one, True, EPSILON, [False, True, False])[1]  # sum(u * g)
+        scale = -rstd * rstd * along / n
+        d_images = torch.addcmul(_wide(-scale * mean), images, _wide(scale))
+        d_images.addcmul_(d_out, _wide(-rstd * g_weight / n)).addcmul_(g, _wide(u_weight / weight - rstd * a / n))
+        d_out = d_out.add_(_wide(u_bias - u_weight * rstd * mean)).addcmul_(images, _wide(u_weight * rstd))
+        return d_out, d_images, along / weight, None, None
+
+
+def _wide(channels: Tensor) -> Tensor:
+    return channels[:, None, None]

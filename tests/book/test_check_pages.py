@@ -1,0 +1,40 @@
+"""The look over the built pages finds what it is there to find."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import check_pages
+import pytest
+
+GOOD = '<h1 id="top">A</h1><a href="#top">up</a><a href="https://example.org/x">out</a><img src="a.png" alt="A line.">'
+
+
+def built(folder: Path, body: str) -> list[str]:
+    (folder / "a.png").write_bytes(b"")
+    (folder / "page.html").write_text(f"<html><body>{body}</body></html>")
+    return check_pages.problems(folder)
+
+
+def test_a_sound_page_passes(tmp_path: Path) -> None:
+    assert built(tmp_path, GOOD) == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '<img src="a.png">',
+        '<img src="a.png" alt="_images/a.png">',
+        '<svg role="img"></svg>',
+        '<a href="missing.html">x</a>',
+        '<a href="#missing">x</a>',
+        '<script src="missing.js"></script>',
+    ],
+)
+def test_a_fault_is_found(tmp_path: Path, body: str) -> None:
+    assert len(built(tmp_path, GOOD + body)) == 1
+
+
+def test_there_must_be_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_pages.main(str(tmp_path / "nowhere")) == 1
+    assert "make book" in capsys.readouterr().err

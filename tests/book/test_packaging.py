@@ -1,0 +1,81 @@
+"""What `pip install` brings: every subpackage, the recorded runs, and every dependency, none of them capped."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import sources
+import yaml
+from sources import ROOT
+
+import metatutor
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
+IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
+
+
+def distribution(requirement: str) -> str:
+    """The package that a requirement asks for, without version and extras."""
+    match = re.match(r"[\w.-]+", requirement)
+    assert match is not None, requirement
+    return match.group().lower()
+
+
+def test_one_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert metatutor.__version__ == PROJECT["version"] == citation["version"]
+
+
+def test_every_subpackage_is_listed() -> None:
+    folders = {path.parent for path in (ROOT / "metatutor").rglob("*.py")}
+    expected = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"metatutor.results"}
+    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_every_import_of_the_package_is_a_dependency() -> None:
+    files = (ROOT / "metatutor").rglob("*.py")
+    imported = {package for path in files for package in sources.imported_packages(path.read_text(encoding="utf-8"))}
+    foreign = {IMPORTED_AS.get(package, package) for package in imported - {"metatutor"} - sys.stdlib_module_names}
+    declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+    optional = {"tensorboard"}  # asked for by name in an error message where it is missing
+    assert foreign - optional <= declared
+
+
+def test_no_dependency_of_the_package_is_capped() -> None:
+    assert [requirement for requirement in PROJECT["dependencies"] if re.search(r"<|==|~=", requirement)] == []
+
+
+def test_the_tested_set_pins_every_direct_dependency() -> None:
+    extras = PROJECT["optional-dependencies"]
+    direct = {distribution(line) for line in [*PROJECT["dependencies"], *extras["book"], *extras["dev"]]}
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+(?:\[\w+\])?==[\w.]+", pin)] == []
+    assert sorted(distribution(pin) for pin in pins) == sorted(direct)
+
+
+def test_the_recorded_runs_come_with_the_installation(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "metatutor", tmp_path / "metatutor", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    run = tmp_path / "results" / "omniglot-test-5w1s"
+    run.mkdir()
+    for name in ("config.json", "history.csv", "model.safetensors"):
+        (run / name).write_text("{}")
+    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    installed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"metatutor/results/{run.name}/{name}" for name in ("config.json", "history.csv", "model.safetensors")}
+    assert expected | {"metatutor/episodes.py", "metatutor/py.typed"} <= installed
+    assert not [name for name in installed if name.startswith(("tests/", "book/", "results/"))]
