@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import gcd
 from typing import Literal, get_args
 
@@ -79,11 +80,9 @@ class ConvNet(nn.Module):
         self.n_outputs, self.normalization = n_outputs, normalization
         self.image_shape = (in_channels, image_size, image_size)
         channels = [in_channels] + [filters] * n_blocks
-        self.blocks = nn.ModuleList(
-            ConvBlock(i, o, pooling, normalization) for i, o in zip(channels, channels[1:], strict=False)
-        )
+        self.blocks = nn.ModuleList(ConvBlock(i, o, pooling, normalization) for i, o in pairwise(channels))
         widths = [filters * size * size, *hidden]
-        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:], strict=False))
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.head = nn.Linear(widths[-1], n_outputs)
 
     @property
@@ -131,12 +130,14 @@ class ConvBlock(nn.Module):
         self.normalization = normalization
 
     def forward(self, images: Tensor, n_support: int | None) -> Tensor:
+        """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""
         images = self.normalize(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
         if self.stride == 1:
             images = F.max_pool2d(images, 2)
         return F.relu(images)
 
     def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
+        """Normalise by the policy's statistics, then scale and shift each channel."""
         if self.normalization == "group":
             return F.group_norm(images, gcd(8, images.shape[1]), self.scale, self.shift, EPSILON)
         if self.normalization == "batch" or n_support is None:

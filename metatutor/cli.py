@@ -147,7 +147,7 @@ app.command(data_app, name="data")
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a mistake ends it with one line and exit status 2."""
     try:
-        app.cli(prog="metatutor", description=__doc__, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+        app.cli(prog="metatutor", description=__doc__, args=arguments)
     except (ValueError, TrainingDivergedError, torch.cuda.OutOfMemoryError) as error:
         sys.exit(_fail(str(error), 2))
     except KeyboardInterrupt as interrupt:

@@ -5,7 +5,7 @@ Images reach an episode from a `ClassImages`: one uint8 tensor of drawings, grou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -129,6 +129,9 @@ class Episode:
         >>> episode = Episode(images, labels, images, labels, n_way=5)
         >>> len(episode), len(episode.task(0))
         (2, 1)
+
+    Reference:
+        Vinyals et al. (2016), section 4.1.
     """
 
     support_images: Float[Tensor, "task support channel height width"]
@@ -140,7 +143,7 @@ class Episode:
     def __len__(self) -> int:
         return len(self.support_images)
 
-    def _map(self, change) -> Episode:  # noqa: ANN001 - a private one-liner
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Episode:
         return Episode(
             change(self.support_images),
             change(self.support_labels),
@@ -172,7 +175,7 @@ class EpisodeSampler:
     """Draws tasks: `n_way` distinct classes each, support and query drawings disjoint.
 
     Every draw comes from one CPU `torch.Generator`, so the same seed gives the same tasks on every
-    platform and device. Which class gets which label is part of the draw.
+    platform and device, however many are drawn at once. Which class gets which label is part of the draw.
 
     Args:
         classes: where the images come from.
@@ -216,9 +219,8 @@ class EpisodeSampler:
         if n_tasks < 1:
             raise ValueError(f"n_tasks must be positive, got {n_tasks}")
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
-        classes = self._distinct(n_tasks, len(self.classes), n_way)  # [task, way]
-        drawings = self._distinct(n_tasks * n_way, self.classes.images.shape[1], k_shot + n_query)
-        images = self.classes.take(classes, drawings.view(n_tasks, n_way, -1)).float().div_(255)
+        classes, drawings = self._draw(n_tasks)
+        images = self.classes.take(classes, drawings).float().div_(255)
         support, query = images.split([k_shot, n_query], dim=2)  # [task, way, shot, channel, height, width]
         labels = torch.arange(n_way, device=images.device)
         episode = Episode(
@@ -230,7 +232,11 @@ class EpisodeSampler:
         )
         return episode, classes
 
-    def _distinct(self, rows: int, population: int, n: int) -> Int64[Tensor, "rows n"]:
-        """In each row, `n` distinct numbers below `population`, in random order."""
-        keys = torch.rand(rows, population, dtype=torch.float64, generator=self.generator)
-        return keys.topk(n, dim=1).indices
+    def _draw(self, n_tasks: int) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"]]:
+        """Distinct classes of each task and distinct drawings of each class, in random order."""
+        n_classes, n_drawings = len(self.classes), self.classes.images.shape[1]
+        n_way, n_shots = self.spec.n_way, self.spec.k_shot + self.spec.n_query
+        # one row of random keys a task, so that a task does not depend on how many are drawn at once
+        keys = torch.rand(n_tasks, n_classes + n_way * n_drawings, dtype=torch.float64, generator=self.generator)
+        classes = keys[:, :n_classes].topk(n_way).indices
+        return classes, keys[:, n_classes:].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices

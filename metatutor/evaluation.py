@@ -68,12 +68,14 @@ def accuracies(
     was_training = learner.training
     learner.eval()
     of_batches = []
-    with torch.no_grad():
-        for start in range(0, n_episodes, tasks_per_batch):
-            episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
-            correct = learner(episode).argmax(-1) == episode.query_labels  # [task, query]
-            of_batches.append(correct.double().mean(dim=1).cpu())
-    learner.train(was_training)
+    try:
+        with torch.no_grad():
+            for start in range(0, n_episodes, tasks_per_batch):
+                episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
+                correct = learner(episode).argmax(-1) == episode.query_labels  # [task, query]
+                of_batches.append(correct.double().mean(dim=1).cpu())
+    finally:
+        learner.train(was_training)
     return torch.cat(of_batches)
 
 
@@ -115,7 +117,9 @@ def evaluate(
     """
     if n_episodes < 2:
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
-    of_tasks = accuracies(learner, EpisodeSampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch)
+    of_tasks = accuracies(
+        learner, EpisodeSampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch
+    )
     return Evaluation(
         accuracy=of_tasks.mean().item(),
         ci95=confidence95(of_tasks),

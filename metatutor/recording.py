@@ -7,6 +7,7 @@ This module reads them, and makes them.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -26,7 +27,7 @@ from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, accuracies, evaluate
 from metatutor.learner import Learner
 from metatutor.optimization import MAMLConfig
-from metatutor.training import TrainConfig, load_parameters, read_history, replacing, train, write_history
+from metatutor.training import Row, TrainConfig, load_parameters, read_history, replacing, train, write_history
 
 LearnerConfig = Annotated[
     MAMLConfig | ScratchConfig | PretrainedFinetunedConfig | PretrainedCosineConfig | NearestPixelsConfig,
@@ -62,8 +63,13 @@ class DataConfig:
     def load(self, root: Path | str | None = None) -> Splits:
         """The three splits; `root` is where Omniglot lies (see `Omniglot.load`)."""
         if self.source == "strokes":
-            return Strokes.load().split(seed=self.seed, rotations=self.rotations)
+            return _strokes().split(seed=self.seed, rotations=self.rotations)
         return Omniglot.load(root).split(self.split, seed=self.seed, rotations=self.rotations)
+
+
+@cache
+def _strokes() -> Strokes:
+    return Strokes.load()
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ class Run:
     folder: Path
     config: RunConfig
     evaluation: dict[str, Any]
-    history: list[dict[str, float]]
+    history: list[Row]
 
     def learner(self) -> Learner:
         """The trained learner, in evaluation mode, on the CPU."""
@@ -277,7 +283,7 @@ def parse_config(text: str, source: str = "config.json") -> RunConfig:
 
 
 @cache
-def _adapter() -> TypeAdapter[RunConfig]:
+def _adapter() -> TypeAdapter:
     return TypeAdapter(RunConfig)
 
 
@@ -426,3 +432,22 @@ def peak_memory_mib() -> int:
         return round(torch.cuda.max_memory_allocated() / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
+
+
+def preset() -> Literal["fast", "full"]:
+    """How much a chapter computes itself, as METATUTOR_PRESET says.
+
+    Returns:
+        `"fast"`, the default: show the mechanism live, load recorded runs for what takes long; or `"full"`: retrain.
+
+    Raises:
+        ValueError: if METATUTOR_PRESET is anything else.
+
+    Example:
+        >>> preset() in ("fast", "full")
+        True
+    """
+    chosen = os.environ.get("METATUTOR_PRESET") or "fast"
+    if chosen not in ("fast", "full"):
+        raise ValueError(f"METATUTOR_PRESET must be fast or full, got {chosen!r}")
+    return "full" if chosen == "full" else "fast"

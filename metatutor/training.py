@@ -12,24 +12,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from metatutor.episodes import Episode
 from metatutor.learner import Learner
 
-HISTORY_FIELDS = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
+HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
 CHECKPOINT = "checkpoint.pt"
+Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss was not finite; the last good checkpoint is kept."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Anything that draws episodes from a generator it owns, such as `EpisodeSampler`."""
 
@@ -92,7 +95,7 @@ class _Progress:
     seconds: float = 0.0
     loss_sum: float = 0.0
     loss_count: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
 
 
 def train(
@@ -104,7 +107,7 @@ def train(
     validate: Callable[[Learner], float] | None = None,
     device: str | None = None,
     progress_bar: bool = True,
-) -> list[dict[str, float]]:
+) -> list[Row]:
     """Minimise `learner.meta_loss` over the tasks of `sampler` with Adam.
 
     Several processes (`accelerate launch`) split the tasks of each step among them and average their gradients.
@@ -149,6 +152,8 @@ def train(
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         state.load(folder / CHECKPOINT)
+    if accelerator.num_processes > 1:
+        broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
     progress, main = state.progress, accelerator.is_main_process
     begun = time.perf_counter() - progress.seconds
     bar = tqdm(total=config.iterations, initial=progress.iteration, disable=not (progress_bar and main), unit="step")
@@ -169,11 +174,12 @@ def train(
                 _log(progress, learner, episode, validate)
                 progress.seconds = time.perf_counter() - begun
                 _show(bar, progress.history[-1])
-            save = done or interrupted.is_set() or progress.iteration % config.checkpoint_every == 0
+            stop = interrupted.is_set() and not done
+            save = done or stop or progress.iteration % config.checkpoint_every == 0
             if folder is not None and main and save:
                 write_history(progress.history, folder / "history.csv")
                 state.save(folder / CHECKPOINT)
-            if interrupted.is_set() and not done:
+            if stop:
                 where = f"; run the same command again to go on from {folder / CHECKPOINT}" if folder else ""
                 raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
     learner.eval()
@@ -215,9 +221,7 @@ def _rate(iteration: int, config: TrainConfig) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _log(
-    progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None
-) -> None:
+def _log(progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None) -> None:
     with torch.no_grad():
         correct = learner(episode).argmax(-1) == episode.query_labels
     learner.eval()
@@ -232,7 +236,7 @@ def _log(
     progress.loss_sum, progress.loss_count = 0.0, 0
 
 
-def _show(bar: tqdm, row: dict[str, float]) -> None:
+def _show(bar: tqdm, row: Row) -> None:
     bar.set_postfix(
         loss=f"{row['meta_loss']:.3f}",
         accuracy=f"{row['train_accuracy']:.1%}",
@@ -240,7 +244,7 @@ def _show(bar: tqdm, row: dict[str, float]) -> None:
     )
 
 
-def write_history(history: list[dict[str, float]], path: Path) -> None:
+def write_history(history: list[Row], path: Path) -> None:
     """Write rows of history as CSV, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, HISTORY_FIELDS)
@@ -248,7 +252,7 @@ def write_history(history: list[dict[str, float]], path: Path) -> None:
         writer.writerows(history)
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
+def read_history(path: Path) -> list[Row]:
     """The rows that `write_history` wrote."""
     with path.open(newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -287,7 +291,9 @@ class _State:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
         if state["config"] != asdict(self.config):
             changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v]
-            raise ValueError(f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder")
+            raise ValueError(
+                f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
+            )
         load_parameters(self.learner, state["learner"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

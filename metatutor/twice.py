@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-5
 _norm_backward = torch.ops.aten.native_batch_norm_backward
@@ -63,7 +62,7 @@ def batch_norm(
         bias: the shift of each channel.
 
     Returns:
-        `[n, c, h, w]`.
+        `[n, c, h, w]`; a third derivative of it raises a RuntimeError.
 
     Example:
         >>> batch_norm(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.ones(1), torch.zeros(1)).flatten().round()
@@ -100,7 +99,7 @@ def _conv_backward(out: Tensor, images: Tensor, weight: Tensor, geometry: Geomet
     )
 
 
-def _of_shape(shape: torch.Size, like: Tensor) -> Tensor:
+def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """A tensor of which only the shape is read."""
     return like.new_empty(1).expand(shape)
 
@@ -129,7 +128,7 @@ class _Conv(Function):
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, geometry: Geometry) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n_tasks, (stride, padding, _) = info.batch_size, geometry
         images = _into_channels(images, in_dims[0], n_tasks)
         weight = _into_rows(weight, in_dims[1], n_tasks)
@@ -139,8 +138,10 @@ class _Conv(Function):
 class _ConvImages(Function):
     """The gradient of `<out, images * weight>` in the images."""
 
+    generate_vmap_rule = True  # for `vmap(grad(...))`
+
     @staticmethod
-    def forward(out: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    def forward(out: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
         return _conv_backward(out, _of_shape(shape, out), weight, geometry, [True, False, False])[0]
 
     @staticmethod
@@ -163,8 +164,10 @@ class _ConvImages(Function):
 class _ConvWeight(Function):
     """The gradient of `<out, images * weight>` in the weight."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(out: Tensor, images: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
+    def forward(out: Tensor, images: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
         return _conv_backward(out, images, _of_shape(shape, out), geometry, [False, True, False])[1]
 
     @staticmethod
@@ -206,7 +209,7 @@ class _Norm(Function):
         return _NormBackward.apply(out, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n_tasks = info.batch_size
         images = _into_channels(images, in_dims[0], n_tasks)
         weight, bias = (_into_rows(t, d, n_tasks) for t, d in zip((weight, bias), in_dims[1:], strict=True))
@@ -225,6 +228,8 @@ class _NormBackward(Function):
     `d_images = -rstd / n * (rstd * sum(u * g) * x̂' + g_weight * d_out + a * g)`, where `x̂' = images - mean`.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Any:
         return _norm_backward(out, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, True])
@@ -235,20 +240,49 @@ class _NormBackward(Function):
         ctx.save_for_backward(*inputs[1:], g, g_weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> Any:
-        images, weight, mean, rstd, g, g_weight = ctx.saved_tensors
+    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *_, g, g_weight = ctx.saved_tensors
+        like = ((u, g), (u_weight, g_weight), (u_bias, g_weight))
+        u, u_weight, u_bias = (torch.zeros_like(t) if d is None else d for d, t in like)  # None: only under vmap
+        return *_NormTwice.apply(u, u_weight, u_bias, *ctx.saved_tensors), None, None
+
+
+class _NormTwice(Function):
+    """The backward of `_NormBackward`, a function of its own so that a third derivative raises, everywhere."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        u: Tensor,
+        u_weight: Tensor,
+        u_bias: Tensor,
+        images: Tensor,
+        weight: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        g: Tensor,
+        g_weight: Tensor,
+    ) -> Any:
         n = images.numel() // images.shape[1]
         d_out, a, _ = _norm_backward(
             u, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, False]
         )  # a = sum(u * x̂)
         zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
-        along = _norm_backward(u, g, None, None, None, zero, one, True, EPSILON, [False, True, False])[1]  # sum(u * g)
+        along = _norm_backward(u, g, one, None, None, zero, one, True, EPSILON, [False, True, False])[1]  # sum(u * g)
         scale = -rstd * rstd * along / n
         d_images = torch.addcmul(_wide(-scale * mean), images, _wide(scale))
         d_images.addcmul_(d_out, _wide(-rstd * g_weight / n)).addcmul_(g, _wide(u_weight / weight - rstd * a / n))
         d_out = d_out.add_(_wide(u_bias - u_weight * rstd * mean)).addcmul_(images, _wide(u_weight * rstd))
-        return d_out, d_images, along / weight, None, None
+        return d_out, d_images, along / weight
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("twice.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
 
 
 def _wide(channels: Tensor) -> Tensor:

@@ -315,7 +315,7 @@ class Splits:
         2
 
     Reference:
-        Ravi and Larochelle (2017), Optimization as a Model for Few-Shot Learning, section 2.1.
+        Ravi and Larochelle (2017), Optimization as a Model for Few-Shot Learning, section 2.
     """
 
     train: ClassImages

@@ -9,8 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 from torch.func import functional_call, vmap
 
 from metatutor.allocator import keep_freed_memory_once
@@ -80,7 +79,7 @@ class MAML(Learner):
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         first_order: leave the second derivatives out.
         adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
-        tasks_per_chunk: tasks adapted side by side; default: chosen from the size of the images.
+        tasks_per_chunk: tasks adapted side by side; default: all of an episode.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
@@ -174,7 +173,7 @@ class MAML(Learner):
         return self.config.inner_steps if self.training or in_test is None else in_test
 
     def _initial(self, meta_training: bool) -> Parameters:
-        parameters = dict(self.network.named_parameters())
+        parameters: Parameters = dict(self.network.named_parameters())
         return parameters if meta_training else {n: p.detach().requires_grad_() for n, p in parameters.items()}
 
     def _inner_step(self, parameters: Parameters, episode: Episode, meta_training: bool) -> Parameters:
@@ -227,6 +226,7 @@ class _KnownGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> Any:
+    def backward(ctx: Any, scale: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph
+            raise RuntimeError("meta_loss in chunks can be differentiated once; for more, raise tasks_per_chunk")
         return None, None, *(scale * gradient for gradient in ctx.gradients)

@@ -1,0 +1,192 @@
+"""What moved: how far each layer's parameters travel when a network adapts, and how much its answers change.
+
+Two measures, because they can disagree. *Relative change* compares the parameters before and after adaptation; *linear
+CKA* compares what a layer makes of the same images. A layer may move far and mean the same, or hardly move and mean
+something else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metatutor.backbones import ConvNet
+from metatutor.episodes import Episode
+from metatutor.optimization.maml import MAML
+
+Parameters = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """What adaptation did to each layer, on each task of an episode.
+
+    Args:
+        change: layer to the relative change of its parameters, 0 if they stayed.
+        similarity: layer to the linear CKA of its outputs for the query images before and after, 1 if they mean
+            the same.
+
+    Example:
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> moved = what_moved(MAML(ConvNet(n_outputs=5, filters=8)), Episode(images, labels, images, labels, n_way=5))
+        >>> list(moved.change), moved.change["conv 1"].shape
+        (['conv 1', 'conv 2', 'conv 3', 'conv 4', 'linear 1'], torch.Size([2]))
+
+    Reference:
+        Raghu et al. (2020), section 3.
+    """
+
+    change: dict[str, Float[Tensor, " task"]]
+    similarity: dict[str, Float[Tensor, " task"]]
+
+
+def what_moved(learner: MAML, episode: Episode, inner_steps: int | None = None) -> Movement:
+    """Adapt to every task of an episode and compare each layer with what it was.
+
+    Args:
+        learner: its initial parameters are "before".
+        episode: the support sets adapt, the query images are what outputs are compared on.
+        inner_steps: steps of adaptation; default: those of the learner's mode.
+
+    Returns:
+        Relative change and linear CKA, by layer and task.
+
+    Example:
+        See `Movement`.
+
+    Reference:
+        Raghu et al. (2020), section 3.2, with linear CKA in place of CCA.
+    """
+    with torch.no_grad():
+        path = learner.adaptation_path(episode, inner_steps)
+        before, after = path[0], path[-1]
+        similarity: dict[str, list[Tensor]] = {name: [] for name in layers(learner.network).values()}
+        for i in range(len(episode)):
+            task = episode.task(i)
+            outputs = [query_outputs(learner.network, _of_task(p, i), task) for p in (before, after)]
+            for name, values in similarity.items():
+                values.append(linear_cka(outputs[0][name], outputs[1][name]))
+        change = {name: relative_change(before, after, prefix) for prefix, name in layers(learner.network).items()}
+        return Movement(change, {name: torch.stack(values) for name, values in similarity.items()})
+
+
+def layers(network: ConvNet) -> dict[str, str]:
+    """The layers of a network: the prefix of their parameters' names to a name for readers.
+
+    Example:
+        >>> list(layers(ConvNet(n_outputs=5, filters=8, n_blocks=2, hidden=(16,))).items())[1:]
+        [('blocks.1', 'conv 2'), ('hidden.0', 'linear 1'), ('head', 'linear 2')]
+    """
+    blocks = {f"blocks.{i}": f"conv {i + 1}" for i in range(len(network.blocks))}
+    hidden = {f"hidden.{i}": f"linear {i + 1}" for i in range(len(network.hidden))}
+    return blocks | hidden | {"head": f"linear {len(hidden) + 1}"}
+
+
+def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:
+    """How far a layer's parameters moved, measured in their own length: `‖after - before‖ / ‖before‖`.
+
+    Args:
+        before: name to parameter, `[task, ...]`.
+        after: the same names, the same shapes.
+        prefix: the layer; all parameters whose names begin with it count as one vector.
+
+    Returns:
+        One number a task.
+
+    Raises:
+        ValueError: if no parameter has that prefix.
+
+    Example:
+        >>> before = {"head.weight": torch.tensor([[3.0, 0.0]]), "head.bias": torch.tensor([[4.0]])}
+        >>> relative_change(before, {name: 2 * p for name, p in before.items()}, "head")
+        tensor([1.])
+    """
+    names = [name for name in before if name.startswith(f"{prefix}.")]
+    if not names:
+        raise ValueError(f"no parameter of '{prefix}' among {', '.join(before)}")
+    initial = torch.cat([before[name].flatten(1) for name in names], dim=1)
+    adapted = torch.cat([after[name].flatten(1) for name in names], dim=1)
+    return (adapted - initial).norm(dim=1) / initial.norm(dim=1)
+
+
+def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Float[Tensor, ""]:
+    """Linear centred kernel alignment: how alike two sets of features of the same `n` images are, from 0 to 1.
+
+    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)`, with the columns of `X` and `Y` centred. Turning, reflecting or scaling the
+    features as a whole changes nothing. Computed from the `n × n` products `X Xᵀ` and `Y Yᵀ`, since images are
+    fewer than features.
+
+    Args:
+        first: features of the images.
+        second: other features of the same images.
+
+    Returns:
+        1 if the features are the same up to rotation and scale.
+
+    Raises:
+        ValueError: if one of the two is the same for all images.
+
+    Example:
+        >>> features = torch.eye(3)
+        >>> linear_cka(features, -2 * features).item()
+        1.0
+
+    Reference:
+        Kornblith et al. (2019), equation 3 with linear kernels.
+    """
+    grams = []
+    for features in (first, second):
+        centred = (features - features.mean(0)).double()
+        grams.append(centred @ centred.T)
+    lengths = grams[0].norm() * grams[1].norm()
+    if lengths == 0:
+        raise ValueError("the features do not differ between images, so there is nothing to compare")
+    return ((grams[0] * grams[1]).sum() / lengths).to(first.dtype)
+
+
+def query_outputs(
+    network: ConvNet, parameters: Parameters, episode: Episode
+) -> dict[str, Float[Tensor, "query feature"]]:
+    """What each layer makes of the query images of one task, normalised as the network's policy says.
+
+    Args:
+        network: the architecture.
+        parameters: of that task, without a task axis.
+        episode: one task.
+
+    Returns:
+        Layer (as in `layers`) to its output, flattened.
+
+    Example:
+        >>> network, images = ConvNet(n_outputs=5, filters=8), torch.rand(1, 5, 1, 28, 28)
+        >>> episode = Episode(images, torch.arange(5)[None], images, torch.arange(5)[None], n_way=5)
+        >>> query_outputs(network, dict(network.named_parameters()), episode)["linear 1"].shape
+        torch.Size([5, 5])
+    """
+    support, query = episode.support_images[0], episode.query_images[0]
+    by_support = network.normalization == "support"
+    arguments = (torch.cat([support, query]), len(support)) if by_support else (query,)
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, module: nn.Module, inputs: object, output: Tensor) -> None:
+        kept[name] = output[-len(query) :].flatten(1)
+
+    hooks = [
+        network.get_submodule(prefix).register_forward_hook(partial(keep, name))
+        for prefix, name in layers(network).items()
+    ]
+    try:
+        functional_call(network, parameters, arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return kept
+
+
+def _of_task(parameters: Parameters, index: int) -> Parameters:
+    return {name: parameter[index] for name, parameter in parameters.items()}

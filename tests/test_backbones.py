@@ -1,0 +1,226 @@
+"""The convolutional network, against the same one in plain `torch.nn`, and what each normalisation policy may see."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from math import gcd
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metatutor.backbones import ConvNet, Normalization, Pooling
+
+
+def n_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def random(network: ConvNet, seed: int = 0) -> ConvNet:
+    """The network in float64, every parameter random: scales and shifts too."""
+    generator = torch.Generator().manual_seed(seed)
+    network.double()
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return network
+
+
+def pixels(n: int, channels: int = 1, size: int = 9, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, channels, size, size, dtype=torch.float64, generator=generator)
+
+
+def plain(
+    network: ConvNet, pooling: Pooling, normalization: Normalization, widths: list[int], filters: int, channels: int
+) -> nn.Sequential:
+    """The network as a chapter would write it: convolution, normalisation, ReLU, then pooling."""
+    layers: list[nn.Module] = []
+    for _ in network.blocks:
+        layers.append(nn.Conv2d(channels, filters, 3, 2 if pooling == "stride" else 1, padding=1, bias=False))
+        if normalization == "group":
+            layers.append(nn.GroupNorm(gcd(8, filters), filters))
+        else:
+            layers.append(nn.BatchNorm2d(filters, track_running_stats=False))
+        layers.append(nn.ReLU())
+        if pooling == "max":
+            layers.append(nn.MaxPool2d(2))
+        channels = filters
+    layers.append(nn.Flatten())
+    for width_in, width_out in pairwise(widths[:-1]):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1]))
+    reference = nn.Sequential(*layers).double()
+    for theirs, ours in zip(reference.parameters(), network.parameters(), strict=True):
+        theirs.data = ours.detach().clone()
+    return reference
+
+
+# --- architecture ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_of_the_papers_networks():
+    """3×3 kernels, a scale and a shift a channel, the head; a strided Conv-4 ends in 2×2 pixels, a pooled one in 1."""
+    blocks = 64 * 9 + 3 * 64 * 64 * 9 + 4 * 2 * 64
+    assert n_parameters(ConvNet(5)) == blocks + (256 * 5 + 5) == 112_965
+    assert n_parameters(ConvNet(5, pooling="max")) == blocks + (64 * 5 + 5) == 112_005
+    assert n_parameters(ConvNet(20)) == blocks + (256 * 20 + 20)
+
+
+def test_parameters_of_the_articles_network():
+    """Four convolutional and two fully connected layers."""
+    network = ConvNet(5, hidden=(64,))
+    assert n_parameters(network) == n_parameters(ConvNet(5)) - (256 * 5 + 5) + (256 * 64 + 64) + (64 * 5 + 5) == 128_453
+    assert (len(network.blocks), len(network.hidden)) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "embedding"),
+    [
+        ({}, 64 * 2 * 2),
+        ({"pooling": "max"}, 64),
+        ({"hidden": (32, 16)}, 16),
+        ({"filters": 8, "image_size": 20}, 8 * 2 * 2),  # 20, 10, 5, 3, 2
+        ({"filters": 8, "image_size": 20, "pooling": "max"}, 8),  # 20, 10, 5, 2, 1
+        ({"filters": 8, "image_size": 84, "in_channels": 3, "pooling": "max"}, 8 * 5 * 5),
+        ({"filters": 8, "image_size": 1}, 8),  # a strided convolution can halve one pixel
+        ({"filters": 8, "n_blocks": 2}, 8 * 7 * 7),
+    ],
+)
+def test_shapes(options: dict[str, Any], embedding: int):
+    network = ConvNet(7, **options)
+    images = torch.rand(3, *network.image_shape)
+    assert network.image_shape[1] == options.get("image_size", 28)
+    assert network.embedding_size == embedding
+    assert network.embed(images).shape == (3, embedding)
+    assert network(images).shape == (3, 7)
+    assert torch.equal(network(images), network.head(network.embed(images)))
+
+
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+@pytest.mark.parametrize("normalization", ["batch", "group"])
+@pytest.mark.parametrize(("hidden", "filters", "channels"), [((), 6, 1), ((7, 5), 4, 3)])
+def test_values_and_gradients_of_plain_torch(
+    pooling: Pooling, normalization: Normalization, hidden: tuple[int, ...], filters: int, channels: int
+):
+    options: dict[str, Any] = {"n_blocks": 2, "in_channels": channels, "image_size": 9}
+    network = ConvNet(3, pooling=pooling, normalization=normalization, hidden=hidden, filters=filters, **options)
+    first_width = filters * (3 * 3 if pooling == "stride" else 2 * 2)
+    reference = plain(random(network), pooling, normalization, [first_width, *hidden, 3], filters, channels)
+    images = pixels(4, channels)
+    ours, theirs = network(images), reference(images)
+    assert torch.allclose(ours, theirs, rtol=1e-10)
+    ours.pow(3).sum().backward()
+    theirs.pow(3).sum().backward()
+    for one, other in zip(network.parameters(), reference.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.allclose(one.grad, other.grad, rtol=1e-8, atol=1e-8)
+
+
+def test_nothing_is_remembered_between_calls():
+    network = ConvNet(3, filters=4, n_blocks=2)
+    assert list(network.buffers()) == []
+    images, others = torch.rand(2, 4, 1, 28, 28)
+    before = network(images)
+    network(others)
+    assert torch.equal(network(images), before)
+    assert torch.equal(network.eval()(images), before)
+
+
+# --- normalisation policies ------------------------------------------------------------------------------------
+
+
+def changed_rows(network: ConvNet, image: int, n_support: int | None) -> list[bool]:
+    """Which of six images' logits change, bit for bit, when one image does."""
+    images = pixels(6)
+    other = images.clone()
+    other[image] = 1 - other[image]
+    return (network(images, n_support) != network(other, n_support)).any(dim=1).tolist()
+
+
+def small(normalization: Normalization, **options: Any) -> ConvNet:
+    return random(ConvNet(3, filters=4, n_blocks=2, image_size=9, normalization=normalization, **options))
+
+
+def test_batch_policy_every_image_depends_on_every_other():
+    network = small("batch")
+    assert network.transductive
+    for n_support in (None, 3):
+        assert changed_rows(network, 0, n_support) == [True] * 6
+        assert changed_rows(network, 5, n_support) == [True] * 6
+
+
+def test_support_policy_only_support_images_count():
+    network = small("support")
+    assert not network.transductive
+    assert changed_rows(network, 0, 3) == [True] * 6
+    assert changed_rows(network, 4, 3) == [False, False, False, False, True, False]
+    assert changed_rows(network, 5, None) == [True] * 6  # without `n_support`, all are support
+
+
+def test_group_policy_no_image_depends_on_another():
+    network = small("group")
+    assert not network.transductive
+    for n_support in (None, 3):
+        assert changed_rows(network, 0, n_support) == [True] + [False] * 5
+        assert changed_rows(network, 5, n_support) == [False] * 5 + [True]
+
+
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+def test_support_policy_is_batch_norm_with_the_statistics_of_the_support(pooling: Pooling):
+    """Values and gradients, which flow through the statistics too."""
+    network, images, n_support = small("support", pooling=pooling), pixels(6), 4
+
+    def reference() -> Tensor:
+        values, parameters = images, dict(network.named_parameters())
+        for i in range(2):
+            weight, scale, shift = (parameters[f"blocks.{i}.{name}"] for name in ("weight", "scale", "shift"))
+            values = F.conv2d(values, weight, stride=2 if pooling == "stride" else 1, padding=1)
+            of_support = values[:n_support].transpose(0, 1).flatten(1)
+            mean, variance = of_support.mean(1), of_support.var(1, correction=0)
+            mean, deviation, scale, shift = (t.view(-1, 1, 1) for t in (mean, (variance + 1e-5).sqrt(), scale, shift))
+            values = (scale * (values - mean) / deviation + shift).relu()
+            values = values if pooling == "stride" else F.max_pool2d(values, 2)
+        return network.head(values.flatten(1))
+
+    ours, theirs = network(images, n_support), reference()
+    assert torch.allclose(ours, theirs, rtol=1e-9)
+    parameters = [*network.parameters()]
+    gradients = [torch.autograd.grad(logits.pow(3).sum(), parameters) for logits in (ours, theirs)]
+    assert all(torch.allclose(one, other, rtol=1e-7, atol=1e-7) for one, other in zip(*gradients, strict=True))
+
+
+def test_support_images_are_normalised_as_if_alone():
+    network, images = small("support"), pixels(6)
+    assert torch.allclose(network(images, 4)[:4], network(images[:4]))
+    assert torch.allclose(network(images), small("batch")(images))
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pooling": "avg"}, "pooling must be one of stride, max, got 'avg'"),
+        ({"normalization": "layer"}, "normalization must be one of batch, support, group, got 'layer'"),
+        ({"n_outputs": 0}, "n_outputs must be a positive integer, got 0"),
+        ({"filters": -1}, "filters must be a positive integer, got -1"),
+        ({"n_blocks": 0}, "n_blocks must be a positive integer, got 0"),
+        ({"in_channels": 0}, "in_channels must be a positive integer, got 0"),
+        ({"image_size": 0}, "image_size must be a positive integer, got 0"),
+        ({"hidden": (64, 0)}, "hidden[1] must be a positive integer, got 0"),
+        (
+            {"pooling": "max", "image_size": 15},
+            "4 blocks halve a 15×15 image to nothing; use fewer blocks",
+        ),
+    ],
+)
+def test_mistakes_are_named(options: dict[str, Any], message: str):
+    valid: dict[str, Any] = {"n_outputs": 5}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ConvNet(**valid | options)

@@ -1,0 +1,190 @@
+"""Recorded runs: configuration in and out, training from it alone, and the weights that were recorded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
+from metatutor.evaluation import Evaluation
+from metatutor.optimization import MAMLConfig
+from metatutor.recording import (
+    FILES,
+    DataConfig,
+    EvaluationConfig,
+    NetworkConfig,
+    RunConfig,
+    config_text,
+    evaluate_learner,
+    load_config,
+    load_learner,
+    load_run,
+    parse_config,
+    recorded_accuracy,
+    results_folder,
+    run_names,
+    run_training,
+)
+from metatutor.training import TrainConfig
+
+TINY = RunConfig(
+    learner=MAMLConfig(test_inner_steps=2),
+    network=NetworkConfig(filters=4, n_blocks=2, hidden=(8,)),
+    data=DataConfig(source="strokes"),
+    n_query=2,
+    train=TrainConfig(iterations=6, tasks_per_step=2, warmup=2, log_every=3, checkpoint_every=2),
+    evaluation=EvaluationConfig(n_query=3, n_episodes=20),
+)
+PRETRAINED = replace(TINY, learner=PretrainedCosineConfig())
+UNTRAINED = replace(TINY, learner=NearestPixelsConfig(), train=None)
+CONFIGS = [
+    TINY,
+    PRETRAINED,
+    UNTRAINED,
+    replace(TINY, learner=PretrainedFinetunedConfig(steps=2)),
+    replace(TINY, learner=ScratchConfig(steps=2), train=None),
+    replace(TINY, data=DataConfig(split="lake", rotations=False), network=NetworkConfig(normalization="group")),
+]
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return folder, run_training(TINY, folder, device="cpu", progress_bar=False)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.learner.method)
+def test_a_configuration_survives_json(config: RunConfig) -> None:
+    assert parse_config(config_text(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(n_wya=5), r"config.json: n_wya: .*[Uu]nexpected"),
+        (lambda c: c["train"].update(lr=1), r"train\.lr"),
+        (lambda c: c["learner"].update(alpha=1), r"alpha"),
+        (lambda c: c["learner"].update(inner_lr="big"), r"inner_lr.*number.*'big'"),
+        (lambda c: c.update(n_way="5"), r"n_way.*integer.*'5'"),
+        (lambda c: c.update(k_shot=True), r"k_shot.*integer"),
+        (lambda c: c["learner"].update(inner_lr=-0.1), r"inner_lr must be positive"),
+        (lambda c: c["learner"].update(method="mamal"), r"learner.*mamal"),
+        (lambda c: c["network"].update(normalization="layer"), r"normalization"),
+    ],
+)
+def test_a_wrong_configuration_is_named_in_one_line(change, message: str) -> None:
+    config = json.loads(config_text(TINY))
+    change(config)
+    with pytest.raises(ValueError, match=message) as error:
+        parse_config(json.dumps(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_leaves_the_four_files(recorded: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = recorded
+    assert {path.name for path in folder.iterdir()} == {*FILES, "checkpoint.pt"}
+    about = json.loads((folder / "evaluation.json").read_text())
+    assert about["accuracy"] == evaluation.accuracy and about["n_episodes"] == 20
+    assert about["train_iterations"] == 6 and about["train_seconds"] > 0 and about["peak_memory_mib"] > 0
+    assert about["split"].endswith("/test") and about["transductive"] is True
+    assert recorded_accuracy(folder) == evaluation
+    run = load_run(folder.name, folder.parent)
+    assert run.config == TINY and [row["iteration"] for row in run.history] == [3, 6]
+
+
+def test_retraining_from_config_json_alone_gives_the_same_bits(
+    recorded: tuple[Path, Evaluation], tmp_path: Path
+) -> None:
+    folder, evaluation = recorded
+    again = run_training(load_config(folder / "config.json"), tmp_path / "again", device="cpu", progress_bar=False)
+    assert again == evaluation
+    first, second = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_recorded_weights_give_the_recorded_accuracy(recorded: tuple[Path, Evaluation]) -> None:
+    folder, evaluation = recorded
+    learner = load_learner(folder, TINY)
+    assert not learner.training
+    assert evaluate_learner(learner, TINY.data.load(), TINY) == evaluation
+
+
+def test_seeds_of_training_matter(recorded: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    assert TINY.train is not None
+    other = replace(TINY, train=replace(TINY.train, seed=1))
+    run_training(other, tmp_path / "other", device="cpu", progress_bar=False)
+    first, second = (load_file(f / "model.safetensors") for f in (recorded[0], tmp_path / "other"))
+    assert not torch.equal(first["network.head.weight"], second["network.head.weight"])
+
+
+@pytest.mark.parametrize("config", [PRETRAINED, UNTRAINED], ids=["pretrained", "untrained"])
+def test_other_methods_go_the_same_way(config: RunConfig, tmp_path: Path) -> None:
+    evaluation = run_training(config, tmp_path / "run", device="cpu", progress_bar=False)
+    learner = load_learner(tmp_path / "run", config)
+    assert evaluate_learner(learner, config.data.load(), config) == evaluation
+    assert (tmp_path / "run" / "model.safetensors").exists() == (config.train is not None)
+
+
+def test_a_folder_belongs_to_one_configuration(recorded: tuple[Path, Evaluation]) -> None:
+    before = (recorded[0] / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="another configuration"):
+        run_training(PRETRAINED, recorded[0], device="cpu", progress_bar=False)
+    assert (recorded[0] / "config.json").read_bytes() == before
+
+
+def test_weights_of_another_architecture_are_refused(recorded: tuple[Path, Evaluation]) -> None:
+    other = replace(TINY, network=NetworkConfig(filters=8, n_blocks=2, hidden=(8,)))
+    with pytest.raises(ValueError, match=r"another architecture: 'network\.\S+' is \(.*\) there and \(.*\) here"):
+        load_learner(recorded[0], other)
+
+
+def test_damaged_or_missing_weights_are_refused(recorded: tuple[Path, Evaluation], tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes((recorded[0] / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        load_learner(tmp_path, TINY)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="absent there"):
+        load_learner(tmp_path, TINY)
+    save_file({"network.head.weight": torch.zeros(5, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="absent there"):
+        load_learner(tmp_path, TINY)
+
+
+def test_too_many_ways_fail_before_the_training(tmp_path: Path) -> None:
+    for wrong, message in (
+        (replace(TINY, n_way=20_000), "exceeds the .* classes"),
+        (replace(TINY, k_shot=19, n_query=1), r"k_shot \+ n_query = 22 exceeds the 20 drawings"),
+        (replace(TINY, n_way=0), "n_way must be a positive integer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_training(wrong, tmp_path / "wrong", device="cpu", progress_bar=False)
+        assert not (tmp_path / "wrong" / "checkpoint.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write to"):
+        run_training(TINY, tmp_path / "file" / "run", device="cpu", progress_bar=False)
+
+
+def test_an_unknown_run_is_an_error_that_lists_the_known(recorded: tuple[Path, Evaluation]) -> None:
+    with pytest.raises(ValueError, match="no recorded run 'nonsense'; there are: tiny"):
+        load_run("nonsense", recorded[0].parent)
+
+
+@pytest.mark.parametrize("name", run_names())
+def test_every_recorded_run_is_whole(name: str) -> None:
+    run = load_run(name)
+    learner = run.learner()
+    for key in ("accuracy", "ci95", "train_seconds", "train_iterations", "device", "torch", "peak_memory_mib"):
+        assert key in run.evaluation
+    assert run.evaluation["n_episodes"] >= 1000
+    assert run.evaluation["parameters"] == sum(p.numel() for p in learner.parameters())
+    assert (run.config.train is None) == (run.history == [])
+    weights = results_folder() / name / "model.safetensors"
+    assert not weights.exists() or weights.stat().st_size <= 2_000_000

@@ -1,0 +1,219 @@
+"""The convolution and the batch normalisation that may be differentiated twice, against PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.func import grad as func_grad
+from torch.func import vmap
+
+from metatutor import twice
+
+GEOMETRIES = [(1, 0), (1, 1), (2, 0), (2, 1), (3, 2)]  # stride, padding
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def leaf(*shape: int, seed: int = 0) -> Tensor:
+    return random(*shape, seed=seed).requires_grad_()
+
+
+def torch_batch_norm(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(images, None, None, weight, bias, training=True, eps=1e-5)
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+def derivatives(function: Callable[..., Tensor], inputs: list[Tensor], orders: int) -> list[Tensor]:
+    """The value of a function, and the gradients of random projections of it, of those, and so on."""
+    values = [function(*inputs)]
+    found = [*values]
+    for order in range(orders):
+        projection = sum((value * random(*value.shape, seed=9 + order)).sum() for value in values)
+        assert isinstance(projection, Tensor)
+        values = list(grad(projection, [t for t in inputs if t.requires_grad], create_graph=True))
+        found += values
+    return found
+
+
+def gradient_norm(function: Callable[..., Tensor], arguments: tuple[int, ...] = (0,)) -> Callable[..., Tensor]:
+    """The squared norm of a function's gradient, by `torch.func`."""
+    return lambda *inputs: torch.stack([g.pow(2).sum() for g in func_grad(function, arguments)(*inputs)]).sum()
+
+
+def agree(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], inputs: list[Tensor], orders: int) -> bool:
+    pairs = zip(derivatives(ours, inputs, orders), derivatives(theirs, inputs, orders), strict=True)
+    return all(close(one, other) for one, other in pairs)
+
+
+# --- convolution -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stride", "padding"), GEOMETRIES)
+def test_convolution_against_finite_differences(stride: int, padding: int):
+    inputs = (leaf(2, 2, 5, 4), leaf(3, 2, 3, 3, seed=1))
+
+    def conv(images: Tensor, weight: Tensor) -> Tensor:
+        return twice.conv2d(images, weight, stride=stride, padding=padding)
+
+    assert gradcheck(conv, inputs)
+    assert gradgradcheck(conv, inputs)
+
+
+def test_third_derivative_of_the_convolution_against_finite_differences():
+    def gradient(images: Tensor, weight: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
+        return grad(twice.conv2d(images, weight, stride=2, padding=1), (images, weight), direction, create_graph=True)
+
+    assert gradgradcheck(gradient, (leaf(1, 2, 4, 4), leaf(2, 2, 3, 3, seed=1), leaf(1, 2, 2, 2, seed=2)))
+
+
+@pytest.mark.parametrize(("stride", "padding"), GEOMETRIES)
+def test_convolution_is_torchs(stride: int, padding: int):
+    """Up to the third derivative, of the square, lest higher ones vanish."""
+    assert agree(
+        lambda images, weight: twice.conv2d(images, weight, stride=stride, padding=padding).square(),
+        lambda images, weight: F.conv2d(images, weight, stride=stride, padding=padding).square(),
+        [leaf(2, 3, 7, 6), leaf(4, 3, 3, 3, seed=1)],
+        orders=3,
+    )
+
+
+@pytest.mark.parametrize("fixed", [0, 1])
+def test_convolution_with_one_input_that_needs_no_gradient(fixed: int):
+    inputs = [leaf(2, 3, 5, 5), leaf(4, 3, 3, 3, seed=1)]
+    inputs[fixed].requires_grad_(False)
+    assert agree(lambda x, w: twice.conv2d(x, w).square(), lambda x, w: F.conv2d(x, w).square(), inputs, orders=3)
+
+
+# --- batch normalisation ---------------------------------------------------------------------------------------
+
+
+def test_batch_norm_against_finite_differences():
+    inputs = (leaf(3, 2, 2, 3), leaf(2, seed=1), leaf(2, seed=2))
+    assert gradcheck(twice.batch_norm, inputs)
+    assert gradgradcheck(twice.batch_norm, inputs)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 4, 3), (6, 1, 1, 1), (1, 3, 2, 2)])
+def test_batch_norm_is_torchs(shape: tuple[int, ...]):
+    channels = shape[1]
+    inputs = [leaf(*shape), leaf(channels, seed=1), leaf(channels, seed=2)]
+    assert agree(
+        lambda *inputs: twice.batch_norm(*inputs).pow(3), lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2
+    )
+
+
+def test_batch_norm_with_a_weight_of_zero():
+    """The double backward divides by the weight."""
+    weight = torch.tensor([0.0, 1.5, -0.0], dtype=torch.float64, requires_grad=True)
+    inputs = [leaf(3, 3, 2, 2), weight, leaf(3, seed=2)]
+    found = derivatives(lambda *inputs: twice.batch_norm(*inputs).pow(3), inputs, 2)
+    expected = derivatives(lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
+
+
+def test_batch_norm_in_single_precision_with_a_weight_of_zero():
+    inputs = [leaf(3, 2, 2, 2), torch.tensor([0.0, 1.0], requires_grad=True), leaf(2, seed=2)]
+    inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    found = derivatives(lambda *inputs: twice.batch_norm(*inputs).pow(3).double(), inputs, 2)
+    expected = derivatives(lambda *inputs: torch_batch_norm(*inputs).pow(3).double(), inputs, 2)
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("second_direction", ["of the gradient", "constant"])
+def test_third_derivative_of_batch_norm_raises(second_direction: str):
+    """Also where the second derivative is taken along a constant, which autograd's own guard lets through."""
+    images, weight, bias = leaf(3, 2, 2, 2), leaf(2, seed=1), leaf(2, seed=2)
+    (first,) = grad(twice.batch_norm(images, weight, bias).pow(2).sum(), images, create_graph=True)
+    objective = first.pow(2).sum() if second_direction == "of the gradient" else (first * random(3, 2, 2, 2)).sum()
+    (second,) = grad(objective, images, create_graph=True)
+    with pytest.raises(RuntimeError, match="no third derivative"):
+        grad(second.pow(2).sum(), images)
+
+
+def test_third_derivative_of_batch_norm_raises_under_torch_func():
+    def loss(images: Tensor) -> Tensor:
+        return twice.batch_norm(images, random(2), random(2)).pow(3).sum()
+
+    with pytest.raises(RuntimeError, match="no third derivative"):
+        func_grad(gradient_norm(gradient_norm(loss)))(random(3, 2, 2, 2))
+
+
+# --- side by side under vmap -----------------------------------------------------------------------------------
+
+
+def stacked(function: Callable[..., Tensor], batched: tuple[bool, ...]) -> Callable[..., Tensor]:
+    """What `vmap` must compute: the function on each entry of the batched inputs, in a plain loop."""
+
+    def loop(*inputs: Tensor) -> Tensor:
+        n = next(t.shape[0] for t, many in zip(inputs, batched, strict=True) if many)
+        pairs = list(zip(inputs, batched, strict=True))
+        return torch.stack([function(*(t[i] if many else t for t, many in pairs)) for i in range(n)])
+
+    return loop
+
+
+@pytest.mark.parametrize("batched", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (2, 0)])
+def test_convolutions_side_by_side(batched: tuple[bool, bool], stride: int, padding: int):
+    shapes = [(4, 2, 3, 5, 6)[not batched[0] :], (4, 2, 3, 3, 3)[not batched[1] :]]
+    inputs = [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    in_dims = tuple(0 if many else None for many in batched)
+    assert agree(
+        vmap(lambda x, w: twice.conv2d(x, w, stride=stride, padding=padding).square(), in_dims),
+        stacked(lambda x, w: F.conv2d(x, w, stride=stride, padding=padding).square(), batched),
+        inputs,
+        orders=3,
+    )
+
+
+@pytest.mark.parametrize(
+    "batched", [(True, True, True), (True, False, False), (False, True, False), (False, True, True)]
+)
+def test_batch_norms_side_by_side(batched: tuple[bool, bool, bool]):
+    shapes = [(3, 4, 2, 2, 3)[not batched[0] :], (3, 2)[not batched[1] :], (3, 2)[not batched[2] :]]
+    inputs = [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    in_dims = tuple(0 if many else None for many in batched)
+    assert agree(
+        vmap(lambda *inputs: twice.batch_norm(*inputs).pow(3), in_dims),
+        stacked(lambda *inputs: torch_batch_norm(*inputs).pow(3), batched),
+        inputs,
+        orders=2,
+    )
+
+
+def test_a_task_dimension_that_is_not_the_first():
+    images, weight = leaf(2, 3, 5, 5, 4), leaf(2, 3, 3, 4, 3, seed=1)  # tasks last; tasks last but one
+    assert agree(
+        vmap(lambda x, w: twice.conv2d(x, w).square(), (4, 3)),
+        lambda x, w: stacked(lambda x, w: F.conv2d(x, w).square(), (True, True))(x.movedim(4, 0), w.movedim(3, 0)),
+        [images, weight],
+        orders=2,
+    )
+
+
+@pytest.mark.parametrize("orders", [1, 2])
+def test_gradients_taken_inside_vmap(orders: int):
+    """`vmap(grad(...))`, as a reader would write it."""
+    images, bias, weights, scales = random(3, 2, 5, 5), random(4), random(2, 4, 2, 3, 3), random(2, 4, seed=1)
+
+    def gradients(conv: Callable[..., Tensor], norm: Callable[..., Tensor]) -> Tensor:
+        def loss(weight: Tensor, scale: Tensor) -> Tensor:
+            return norm(conv(images, weight, stride=2, padding=1), scale, bias).pow(3).sum()
+
+        function: Callable[..., Tensor] = loss if orders == 1 else gradient_norm(loss, (0, 1))
+        of_weights, of_scales = vmap(func_grad(function, (0, 1)))(weights, scales)
+        return torch.cat([of_weights.flatten(), of_scales.flatten()])
+
+    ours, theirs = gradients(twice.conv2d, twice.batch_norm), gradients(F.conv2d, torch_batch_norm)
+    assert torch.allclose(ours, theirs, rtol=1e-9)
