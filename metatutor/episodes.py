@@ -101,14 +101,17 @@ class ClassImages:
         self, classes: Int64[Tensor, "*batch"], drawings: Int64[Tensor, "*batch n"]
     ) -> UInt8[Tensor, "*batch n channel height width"]:
         """The named drawings of the named classes, turned where the class is a turned one."""
-        device = self.images.device
-        drawn, turns = (classes // 4, classes % 4) if self.rotations else (classes, None)
-        taken = self.images[drawn.unsqueeze(-1).to(device), drawings.to(device)]
-        if turns is not None:
-            for quarter in (1, 2, 3):
-                where = (turns == quarter).to(device)
-                taken[where] = taken[where].rot90(quarter, (-2, -1))
-        return taken
+        n_drawings, size, device = self.images.shape[1], self.images.shape[2:], self.images.device
+        drawn, turns = (classes // 4, classes.flatten() % 4) if self.rotations else (classes, None)
+        rows = (drawn.unsqueeze(-1) * n_drawings + drawings).view(classes.numel(), -1)
+        every_drawing = self.images.flatten(0, 1)
+        if turns is None:
+            return every_drawing.index_select(0, rows.flatten().to(device)).view(*drawings.shape, *size)
+        order = turns.argsort()  # equal turns side by side: turning is then four slices, not four masks
+        taken = every_drawing.index_select(0, rows[order].flatten().to(device)).view(*rows.shape, *size)
+        parts = taken.split(turns.bincount(minlength=4).tolist())
+        turned = torch.cat([part.rot90(quarter, (-2, -1)) for quarter, part in enumerate(parts)])
+        return turned.index_select(0, order.argsort().to(device)).view(*drawings.shape, *size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +178,8 @@ class EpisodeSampler:
     """Draws tasks: `n_way` distinct classes each, support and query drawings disjoint.
 
     Every draw comes from one CPU `torch.Generator`, so the same seed gives the same tasks on every
-    platform and device, however many are drawn at once. Which class gets which label is part of the draw.
+    platform and device, however many are drawn at once. Which class gets which label is part of the draw. Where
+    turned classes count, a task holds no class twice, turned otherwise: a circle and a turned circle are one.
 
     Args:
         classes: where the images come from.
@@ -183,7 +187,7 @@ class EpisodeSampler:
         seed: where the stream of tasks begins.
 
     Raises:
-        ValueError: if there are fewer classes than `n_way`, or fewer drawings of a class than `k_shot + n_query`.
+        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class than `k_shot + n_query`.
 
     Example:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
@@ -196,8 +200,8 @@ class EpisodeSampler:
 
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
         drawings = classes.images.shape[1]
-        if spec.n_way > len(classes):
-            raise ValueError(f"n_way = {spec.n_way} exceeds the {len(classes)} classes of this split; lower n_way")
+        if spec.n_way > len(classes.names):
+            raise ValueError(f"n_way = {spec.n_way} exceeds the {len(classes.names)} classes of this split; lower n_way")
         if spec.k_shot + spec.n_query > drawings:
             raise ValueError(
                 f"k_shot + n_query = {spec.k_shot + spec.n_query} exceeds the {drawings} drawings "
@@ -220,13 +224,13 @@ class EpisodeSampler:
             raise ValueError(f"n_tasks must be positive, got {n_tasks}")
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
         classes, drawings = self._draw(n_tasks)
-        images = self.classes.take(classes, drawings).float().div_(255)
-        support, query = images.split([k_shot, n_query], dim=2)  # [task, way, shot, channel, height, width]
-        labels = torch.arange(n_way, device=images.device)
+        pixels = self.classes.take(classes, drawings)  # [task, way, shot, channel, height, width]
+        support, query = (part.flatten(1, 2).float().div_(255) for part in pixels.split([k_shot, n_query], dim=2))
+        labels = torch.arange(n_way, device=pixels.device)
         episode = Episode(
-            support.flatten(1, 2),
+            support,
             labels.repeat_interleave(k_shot).repeat(n_tasks, 1),
-            query.flatten(1, 2),
+            query,
             labels.repeat_interleave(n_query).repeat(n_tasks, 1),
             n_way,
         )
@@ -234,9 +238,13 @@ class EpisodeSampler:
 
     def _draw(self, n_tasks: int) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"]]:
         """Distinct classes of each task and distinct drawings of each class, in random order."""
-        n_classes, n_drawings = len(self.classes), self.classes.images.shape[1]
+        n_drawn, n_drawings = self.classes.images.shape[:2]
         n_way, n_shots = self.spec.n_way, self.spec.k_shot + self.spec.n_query
         # one row of random keys a task, so that a task does not depend on how many are drawn at once
-        keys = torch.rand(n_tasks, n_classes + n_way * n_drawings, dtype=torch.float64, generator=self.generator)
-        classes = keys[:, :n_classes].topk(n_way).indices
-        return classes, keys[:, n_classes:].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices
+        keys = torch.rand(
+            n_tasks, n_drawn + n_way * (1 + n_drawings), dtype=torch.float64, generator=self.generator
+        ).split([n_drawn, n_way, n_way * n_drawings], dim=1)
+        classes = keys[0].topk(n_way).indices
+        if self.classes.rotations:
+            classes = classes * 4 + (keys[1] * 4).long()
+        return classes, keys[2].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices

@@ -1,0 +1,169 @@
+"""The mean and its interval, by hand; and that nothing but the seed and the classes decides them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metatutor.backbones import ConvNet
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.evaluation import Evaluation, accuracies, confidence95, evaluate
+from metatutor.learner import Learner
+from metatutor.optimization import MAML
+
+SPEC = EpisodeSpec(n_way=3, k_shot=1, n_query=4)
+Classes = Callable[..., ClassImages]
+
+
+class Scripted(Learner):
+    """Answers so many of a task's queries rightly, as a script says, the others wrongly; for tests, it may cheat."""
+
+    def __init__(self, script: list[int]) -> None:
+        super().__init__()
+        self.left = list(script)
+        self.seen: list[tuple[bool, bool]] = []  # training mode, gradient mode
+
+    def forward(self, episode: Episode) -> Tensor:
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        answers = episode.query_labels.clone()
+        for task in range(len(episode)):
+            right = self.left.pop(0)
+            answers[task, right:] = (answers[task, right:] + 1) % episode.n_way
+        return nn.functional.one_hot(answers, episode.n_way).float()
+
+
+class Guessing(Learner):
+    """Answers that depend on the pixels, in no useful way."""
+
+    def forward(self, episode: Episode) -> Tensor:
+        noise = (episode.query_images.double().sum((-1, -2, -3)) * 1e4).frac()  # [task, query]
+        answers = (noise * episode.n_way).long()
+        return nn.functional.one_hot(answers, episode.n_way).float()
+
+
+class NearestSupport(Learner):
+    """The class of the nearest support image, pixel by pixel."""
+
+    def forward(self, episode: Episode) -> Tensor:
+        distances = torch.cdist(episode.query_images.flatten(2), episode.support_images.flatten(2))
+        return -distances  # one shot: support image `i` is of class `i`
+
+
+class Broken(Learner):
+    def forward(self, episode: Episode) -> Tensor:
+        raise RuntimeError("broken")
+
+
+def test_mean_and_interval_by_hand(class_images: Classes):
+    """Of 12 queries a task, the script answers so many rightly. The interval is of the mean: not s, not 1.96 s."""
+    script = [12, 9, 6, 12, 3, 0, 11, 10, 7, 5, 12, 1]
+    result = evaluate(Scripted(script), class_images(), SPEC, n_episodes=12, tasks_per_batch=5)
+    fractions = np.array(script) / 12
+    assert result.accuracy == pytest.approx(fractions.mean(), abs=1e-12)
+    assert result.ci95 == pytest.approx(1.96 * fractions.std(ddof=1) / np.sqrt(12), abs=1e-12)
+    # two tasks, even simpler: fractions 1/4 and 3/4, s = sqrt(1/8), s / sqrt(2) = 1/4
+    result = evaluate(Scripted([3, 9]), class_images(), SPEC, n_episodes=2)
+    assert (result.accuracy, result.ci95) == (pytest.approx(0.5), pytest.approx(1.96 / 4))
+
+
+def test_the_interval_covers_the_truth_in_19_of_20_cases():
+    generator = torch.Generator().manual_seed(0)
+    trials = (torch.rand(2000, 100, 15, dtype=torch.float64, generator=generator) < 0.8).double().mean(-1)
+    covered = [abs(trial.mean().item() - 0.8) <= confidence95(trial) for trial in trials]
+    assert 0.93 < np.mean(covered) < 0.965
+
+
+def test_accuracies_are_of_tasks_in_their_order(class_images: Classes):
+    found = accuracies(Scripted([12, 0, 6, 3]), EpisodeSampler(class_images(), SPEC), 4, tasks_per_batch=3)
+    assert found.tolist() == [1.0, 0.0, 0.5, 0.25]
+
+
+def test_a_perfect_and_a_guessing_learner(class_images: Classes):
+    perfect = evaluate(Scripted([12] * 50), class_images(), SPEC, n_episodes=50)
+    assert (perfect.accuracy, perfect.ci95) == (1.0, 0.0)
+    guessing = evaluate(Guessing(), class_images(20), SPEC, n_episodes=600)
+    assert abs(guessing.accuracy - 1 / 3) < 4 * guessing.ci95 / 1.96
+    assert 0 < guessing.ci95 < 0.02
+
+
+def test_same_seed_same_result(class_images: Classes):
+    torch.manual_seed(1)
+    one = evaluate(Guessing(), class_images(), SPEC, n_episodes=40, seed=3)
+    torch.manual_seed(2)
+    assert evaluate(Guessing(), class_images(), SPEC, n_episodes=40, seed=3) == one
+    assert evaluate(Guessing(), class_images(), SPEC, n_episodes=40, seed=4).accuracy != one.accuracy
+
+
+def test_the_result_does_not_depend_on_how_many_tasks_are_answered_at_once(class_images: Classes):
+    results = [
+        evaluate(Guessing(), class_images(), SPEC, n_episodes=20, tasks_per_batch=tasks) for tasks in (1, 3, 20, 32)
+    ]
+    assert results == [results[0]] * 4
+    assert results[0].ci95 > 0
+
+
+def test_more_episodes_begin_with_the_same_ones(class_images: Classes):
+    few, more = (accuracies(Guessing(), EpisodeSampler(class_images(), SPEC, seed=1), n) for n in (10, 40))
+    assert torch.equal(more[:10], few)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluates_in_evaluation_mode_without_gradients_and_restores_the_mode(class_images: Classes, training: bool):
+    learner = Scripted([12] * 6).train(training)
+    evaluate(learner, class_images(), SPEC, n_episodes=6, tasks_per_batch=4)
+    assert learner.seen == [(False, False)] * 2
+    assert learner.training is training
+    assert torch.is_grad_enabled()
+    broken = Broken().train(training)
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate(broken, class_images(), SPEC, n_episodes=2)
+    assert broken.training is training
+
+
+def test_maml_takes_its_test_steps(class_images: Classes):
+    network = ConvNet(3, filters=4, n_blocks=2, image_size=8)
+    results = [
+        evaluate(MAML(network, inner_lr=0.1, inner_steps=1, test_inner_steps=steps), class_images(), SPEC, n_episodes=9)
+        for steps in (None, 1, 20)
+    ]
+    assert results[0] == results[1] != results[2]
+
+
+def test_a_learner_that_should_be_right_is(class_images: Classes):
+    """Drawings of a class are its prototype under noise, so the nearest support image tells the class."""
+    result = evaluate(NearestSupport(), class_images(size=6), SPEC, n_episodes=30)
+    assert result.accuracy == 1.0
+
+
+def test_what_is_recorded(class_images: Classes):
+    classes = class_images(rotations=True)
+    network = ConvNet(3, filters=4, n_blocks=2, image_size=8, normalization="support")
+    result = evaluate(MAML(network), classes, SPEC, n_episodes=2, seed=7, split="strokes-0/test")
+    expected = {"n_way": 3, "k_shot": 1, "n_query": 4, "n_episodes": 2, "seed": 7, "split": "strokes-0/test"}
+    expected |= {"normalization": "support", "transductive": False}
+    assert {name: value for name, value in asdict(result).items() if name not in ("accuracy", "ci95")} == expected
+    network.normalization = "batch"
+    assert evaluate(MAML(network), classes, SPEC, n_episodes=2).transductive
+    result = evaluate(Scripted([12, 12]), classes, SPEC, n_episodes=2)
+    assert (result.normalization, result.transductive) == ("none", False)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "ci95", "cell"),
+    [(0.9871, 0.0023, "98.7 ± 0.2%"), (1.0, 0.0, "100.0 ± 0.0%"), (0.2, 0.01251, "20.0 ± 1.3%")],
+)
+def test_prints_as_a_cell_of_a_papers_table(accuracy: float, ci95: float, cell: str):
+    assert str(Evaluation(accuracy, ci95, 1000, 5, 1, 15, "random-0/test", 0, "batch", True)) == cell
+
+
+@pytest.mark.parametrize("n_episodes", [1, 0, -3])
+def test_no_interval_of_fewer_than_two(class_images: Classes, n_episodes: int):
+    message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        evaluate(Scripted([12]), class_images(), SPEC, n_episodes=n_episodes)
