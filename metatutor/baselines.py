@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import zlib
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,12 +18,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.optim import Optimizer
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.learner import Learner
 
 Parameters = dict[str, Tensor]
+Descent = Callable[[list[Tensor]], Optimizer]
 
 
 # --- the arguments, for recorded runs ---
@@ -47,8 +51,8 @@ class ScratchConfig:
     """
 
     method: Literal["scratch"] = "scratch"
-    steps: int = 50
-    lr: float = 1e-3
+    steps: int = 20
+    lr: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -81,8 +85,8 @@ class PretrainedFinetunedConfig:
     """
 
     method: Literal["pretrained-finetuned"] = "pretrained-finetuned"
-    steps: int = 50
-    lr: float = 1e-3
+    steps: int = 5
+    lr: float = 0.01
     adapt: Literal["all", "head"] = "all"
 
     def __post_init__(self) -> None:
@@ -183,23 +187,23 @@ class _Untrained:
 
 
 def _descend(
-    network: ConvNet, initial: Parameters, episode: Episode, steps: int, lr: float, prefix: str = ""
+    network: ConvNet, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, prefix: str = ""
 ) -> Parameters:
-    """Every task's parameters after `steps` of Adam on its support set; those with another `prefix` stay.
+    """Every task's parameters after `steps` of gradient descent on its support set; those with another `prefix` stay.
 
-    One optimizer serves all tasks: Adam treats each number by itself, and no task's loss depends on another's.
+    One optimizer serves all tasks: it treats each number by itself, and no task's loss depends on another's parameters.
     """
     parameters = {name: p.detach().clone().requires_grad_(name.startswith(prefix)) for name, p in initial.items()}
-    optimizer = torch.optim.Adam([p for p in parameters.values() if p.requires_grad], lr=lr)
+    descent = optimizer([p for p in parameters.values() if p.requires_grad])
 
     def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(network, of_task, (images,)), labels)
 
     with torch.enable_grad():
         for _ in range(steps):
-            optimizer.zero_grad()
+            descent.zero_grad()
             vmap(loss)(parameters, episode.support_images, episode.support_labels).sum().backward()
-            optimizer.step()
+            descent.step()
     return {name: p.detach() for name, p in parameters.items()}
 
 
@@ -267,8 +271,8 @@ class Scratch(_Untrained, _NetworkLearner):
                 f"the network has {self.network.n_outputs} outputs but the episode is {episode.n_way}-way; "
                 f"build ConvNet(n_outputs={episode.n_way})"
             )
-        initial = self.initial_parameters(episode)
-        return _descend(self.network, initial, episode, self.config.steps, self.config.lr)
+        optimizer = partial(torch.optim.Adam, lr=self.config.lr)
+        return _descend(self.network, self.initial_parameters(episode), episode, self.config.steps, optimizer)
 
     def initial_parameters(self, episode: Episode) -> Parameters:
         """The random parameters that every task starts from, `[task, ...]` by name."""
@@ -388,12 +392,13 @@ class PretrainedFinetuned(_Pretrained):
     """Fine-tunes an ordinary classifier on each support set, with a new last layer for the classes of the task.
 
     Pretraining: cross-entropy over all meta-training classes at once (`ClassificationSampler`). At test time every
-    task starts from the same pretrained network with a last layer of zeros, and takes `steps` of Adam.
+    task starts from the same pretrained network with a last layer of zeros, and takes `steps` of gradient descent
+    with momentum 0.9.
 
     Args:
         network: the classifier; `n_outputs` is the number of meta-training classes.
-        steps: of Adam, each on the whole support set.
-        lr: learning rate of Adam.
+        steps: of gradient descent, each on the whole support set.
+        lr: its learning rate.
         adapt: which parameters are fine-tuned: `"all"` or only the last layer, `"head"`.
 
     Raises:
@@ -432,7 +437,8 @@ class PretrainedFinetuned(_Pretrained):
         initial = dict(self.network.named_parameters()) | head
         of_tasks = {name: p.expand(len(episode), *p.shape) for name, p in initial.items()}
         prefix = "head." if self.config.adapt == "head" else ""
-        return _descend(self.network, of_tasks, episode, self.config.steps, self.config.lr, prefix)
+        optimizer = partial(torch.optim.SGD, lr=self.config.lr, momentum=0.9)
+        return _descend(self.network, of_tasks, episode, self.config.steps, optimizer, prefix)
 
 
 class PretrainedCosine(_Pretrained):

@@ -187,7 +187,8 @@ class EpisodeSampler:
         seed: where the stream of tasks begins.
 
     Raises:
-        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class than `k_shot + n_query`.
+        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class
+            than `k_shot + n_query`.
 
     Example:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
@@ -201,7 +202,9 @@ class EpisodeSampler:
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
         drawings = classes.images.shape[1]
         if spec.n_way > len(classes.names):
-            raise ValueError(f"n_way = {spec.n_way} exceeds the {len(classes.names)} classes of this split; lower n_way")
+            raise ValueError(
+                f"n_way = {spec.n_way} exceeds the {len(classes.names)} classes of this split; lower n_way"
+            )
         if spec.k_shot + spec.n_query > drawings:
             raise ValueError(
                 f"k_shot + n_query = {spec.k_shot + spec.n_query} exceeds the {drawings} drawings "

@@ -108,7 +108,7 @@ def evaluate(
 
     Example:
         >>> from metatutor import NearestPixels, Strokes
-        >>> classes = Strokes.load(n_alphabets=1, characters_per_alphabet=8)
+        >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().test
         >>> evaluate(NearestPixels(), classes, EpisodeSpec(5, 1, 5), n_episodes=10).n_episodes
         10
 

@@ -36,7 +36,7 @@ BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY = (  # Okabe and Ito's, and a grey
 )
 COLOURS = (BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY)
 _MARKERS, _DASHES = "osD^vPX", ("-", "--", "-.", ":", "-", "--", "-.")
-_WIDTH = 5.4  # inches
+_WIDTH = 4.7  # inches
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
@@ -132,7 +132,7 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
     """
     if wrong := [row for row in rows if len(row) != len(head)]:
         raise ValueError(f"the head has {len(head)} columns but a row has {len(wrong[0])}: {wrong[0]}")
-    texts = [[str(entry) for entry in row] for row in rows]
+    texts = [[_entry(entry) for entry in row] for row in rows]
     of_figures = [all(not text or text[0] in _FIGURES for text in column) for column in zip(*texts, strict=True)]
     marks = ["--:" if right else ":--" for right in of_figures] or [":--"] * len(head)
     lines = ["| " + " | ".join(str(entry) for entry in row) + " |" for row in (head, *texts)]
@@ -140,6 +140,12 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
 
 
 _FIGURES = "0123456789+-−–."
+
+
+def _entry(entry: object) -> str:
+    """Thousands parted by commas, and no line break within 95.6 ± 0.4%."""
+    text = f"{entry:,}" if type(entry) is int else str(entry)
+    return text.replace(" ± ", "\u00a0±\u00a0")
 
 
 # --- images ---
@@ -221,7 +227,7 @@ def lines(
     x: str,
     y: str,
     log_x: bool = False,
-    marked: bool = True,
+    percent: bool = False,
     levels: Mapping[str, float] | None = None,
 ) -> Picture:
     """Curves over one another, told apart by colour, dash and marker.
@@ -230,7 +236,7 @@ def lines(
         series: name to horizontal and vertical values.
         x, y: what the axes show, with the unit.
         log_x: whether the horizontal axis is logarithmic.
-        marked: whether every value gets a marker.
+        percent: whether the vertical values, fractions, are written as percentages.
         levels: name to height of thin horizontal lines, such as that of guessing.
 
     Example:
@@ -239,9 +245,11 @@ def lines(
     figure = _picture(3.2)
     axes = figure.subplots()
     for (name, (xs, ys)), colour, dash, marker in zip(series.items(), COLOURS, _DASHES, _MARKERS, strict=False):
-        axes.plot(xs, ys, dash, color=colour, marker=marker if marked else None, label=name)
+        axes.plot(xs, ys, dash, color=colour, marker=marker, label=name)
     _levels(axes, levels)
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
+    if percent:
+        axes.yaxis.set_major_formatter("{x:.0%}")
     if len(series) > 1:
         figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
@@ -323,21 +331,19 @@ def intervals(groups: Mapping[str, Mapping[str, tuple[float, float | None]]], *,
     Example:
         >>> figure = intervals({"here": {"MAML": (0.95, 0.004)}, "published": {"MAML": (0.987, None)}})
     """
-    rows = sum(len(group) for group in groups.values())
-    figure = _picture(0.27 * rows + 0.75 * len(groups) + 0.3)
-    drawn = figure.subplots(
-        len(groups), sharex=True, height_ratios=[len(g) + 0.5 for g in groups.values()], squeeze=False
-    )
-    for axes, (title, group), colour, marker in zip(drawn[:, 0], groups.items(), COLOURS, _MARKERS, strict=False):
-        values, widths = zip(*group.values(), strict=True)
-        half = [width or 0 for width in widths]
-        axes.errorbar(values, range(len(group)), xerr=half, fmt=marker, color=colour, capsize=3, elinewidth=1.5)
-        for line, value in enumerate(values):
-            axes.annotate(f"{value:.1%}", (1.01, line), xycoords=("axes fraction", "data"), va="center", size=9)
-        axes.set(title=title, yticks=range(len(group)), yticklabels=list(group), ylim=(len(group) - 0.4, -0.6))
-        axes.grid(axis="y", visible=False)
-    drawn[-1, 0].xaxis.set_major_formatter("{x:.0%}")
-    drawn[-1, 0].set(xlabel=x, xlim=(None, 1.005))
+    rows = [len(group) + 0.7 for group in groups.values()]
+    figure = _picture(0.37 * sum(rows) + 0.4 * len(rows) + 0.3)
+    drawn = figure.subplots(len(rows), sharex=True, height_ratios=rows, squeeze=False)[:, 0]
+    for axes, (title, group), colour, marker in zip(drawn, groups.items(), COLOURS, _MARKERS, strict=False):
+        axes.set(title=title, yticks=range(len(group)), yticklabels=[], ylim=(len(group) - 0.6, -0.9))
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+        for line, (name, (value, half)) in enumerate(group.items()):
+            axes.errorbar(value, line, xerr=half or 0, fmt=marker, color=colour, capsize=3, elinewidth=1.5)
+            for text, side, x_at in ((name, "left", 0), (f"{value:.1%}", "right", 1)):
+                axes.annotate(text, (x_at, line), (0, 7), ("axes fraction", "data"), "offset points", ha=side, size=9)
+    drawn[-1].xaxis.set_major_formatter("{x:.0%}")
+    drawn[-1].set(xlabel=x, xlim=(None, 1.02))
     return figure
 
 
@@ -456,7 +462,7 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
 
 
 _STEPPER = """
-#it{max-width:32.5rem;margin:1rem 0}
+#it{max-width:28rem;margin:1rem 0}
 #it input{position:absolute;opacity:0}
 #it label{display:inline-block;cursor:pointer;padding:.3rem .8rem;margin:0 .3rem .5rem 0;border-radius:.5rem;
 border:1px solid var(--pst-color-border,#aaa)}

@@ -22,6 +22,15 @@ class Learner(nn.Module, ABC):
         normalization: the policy of its network (see `ConvNet`), or `"none"`.
         transductive: whether the answer for one query image may depend on the other query images.
 
+    Example:
+        >>> import torch
+        >>> class AlwaysTheFirst(Learner):
+        ...     def forward(self, episode):
+        ...         return torch.eye(episode.n_way)[torch.zeros_like(episode.query_labels)]
+        >>> images, labels = torch.zeros(1, 2, 1, 28, 28), torch.tensor([[0, 1]])
+        >>> AlwaysTheFirst()(Episode(images, labels, images, labels, n_way=2)).argmax(-1)
+        tensor([[0, 0]])
+
     Reference:
         Vinyals et al. (2016), section 2.2: train in the way you will be tested.
     """

@@ -133,7 +133,7 @@ def train(
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSampler, EpisodeSpec, Strokes
-        >>> classes = Strokes.load(n_alphabets=1, characters_per_alphabet=8)
+        >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().train
         >>> sampler = EpisodeSampler(classes, EpisodeSpec(5, 1, 1))
         >>> learner = MAML(ConvNet(5, filters=4))
         >>> len(train(learner, sampler, TrainConfig(iterations=2), progress_bar=False))
@@ -287,10 +287,11 @@ class _State:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
+            config = dict(state["config"])
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
-        if state["config"] != asdict(self.config):
-            changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v]
+        if config != asdict(self.config):
+            changed = [k for k, v in asdict(self.config).items() if config.get(k) != v]
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from inspect import signature
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from torch import Tensor
 from torch.func import functional_call
+from torch.optim import Optimizer
 
 from metatutor.backbones import ConvNet, Normalization
 from metatutor.baselines import (
@@ -46,9 +48,9 @@ def pretrained(normalization: Normalization = "group") -> ConvNet:
 
 LEARNERS: dict[str, Callable[[Normalization], Learner]] = {
     "scratch": lambda normalization: Scratch(network(WAY, normalization), steps=3, lr=0.01),
-    "finetuned": lambda normalization: PretrainedFinetuned(pretrained(normalization), steps=3, lr=0.01),
+    "finetuned": lambda normalization: PretrainedFinetuned(pretrained(normalization), steps=3, lr=0.1),
     "finetuned-head": lambda normalization: PretrainedFinetuned(
-        pretrained(normalization), steps=3, lr=0.01, adapt="head"
+        pretrained(normalization), steps=3, lr=0.1, adapt="head"
     ),
     "cosine": lambda normalization: PretrainedCosine(pretrained(normalization)),
     "pixels": lambda normalization: NearestPixels(),
@@ -138,7 +140,7 @@ def test_no_grad_changes_nothing(name: str) -> None:
     with torch.no_grad():
         quiet = learner(episode)
     torch.testing.assert_close(quiet, learner(episode))
-    assert not quiet.requires_grad
+    assert not quiet.requires_grad and learner(episode).requires_grad == (name == "cosine")
 
 
 @each_learner
@@ -153,10 +155,12 @@ def test_accuracy_does_not_depend_on_the_size_of_batches(name: str) -> None:
 # --- gradient descent on the support set ---
 
 
-def descend_alone(network: ConvNet, initial: dict[str, Tensor], episode: Episode, steps: int, lr: float) -> dict:
+def descend_alone(
+    network: ConvNet, initial: dict[str, Tensor], episode: Episode, steps: int, descent: Callable[..., Optimizer]
+) -> dict[str, Tensor]:
     """One task, one optimizer, no vmap."""
     parameters = {name: p.detach().clone().requires_grad_() for name, p in initial.items()}
-    optimizer = torch.optim.Adam(parameters.values(), lr=lr)
+    optimizer = descent(parameters.values())
     for _ in range(steps):
         optimizer.zero_grad()
         logits = functional_call(network, parameters, (episode.support_images[0],))
@@ -168,23 +172,31 @@ def descend_alone(network: ConvNet, initial: dict[str, Tensor], episode: Episode
 @each_policy
 def test_scratch_is_adam_on_each_task_alone(normalization: Normalization) -> None:
     learner, episode = Scratch(network(WAY, normalization), steps=4, lr=0.01), random_episode()
-    adapted, initial = learner.adapt(episode), learner.initial_parameters(episode)
+    adapted, initial, logits = learner.adapt(episode), learner.initial_parameters(episode), learner(episode)
     for i in range(len(episode)):
         of_task = {name: p[i] for name, p in initial.items()}
-        expected = descend_alone(learner.network, of_task, episode.task(i), 4, 0.01)
+        adam = partial(torch.optim.Adam, lr=0.01)
+        expected = descend_alone(learner.network, of_task, episode.task(i), 4, adam)
         for name, p in expected.items():
             torch.testing.assert_close(adapted[name][i], p.detach(), atol=1e-4, rtol=1e-3, msg=name)
+        support, query = episode.support_images[i], episode.query_images[i]
+        if normalization == "support":
+            answer = functional_call(learner.network, expected, (torch.cat([support, query]), len(support)))[-5:]
+        else:
+            answer = functional_call(learner.network, expected, (query,))
+        torch.testing.assert_close(logits[i], answer.detach(), atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("adapt", ["all", "head"])
-def test_finetuning_is_adam_from_the_pretrained_weights_and_a_head_of_zeros(adapt) -> None:
+def test_finetuning_descends_from_the_pretrained_weights_and_a_head_of_zeros(adapt) -> None:
     learner, episode = PretrainedFinetuned(pretrained(), steps=4, lr=0.01, adapt=adapt), random_episode()
     adapted, start = learner.adapt(episode), dict(learner.network.named_parameters())
     start |= {"head.weight": torch.zeros(WAY, 6), "head.bias": torch.zeros(WAY)}  # pyright: ignore[reportAssignmentType]
     for name, p in adapted.items():
         assert torch.equal(p, start[name].expand_as(p)) == (adapt == "head" and not name.startswith("head.")), name
     if adapt == "all":
-        expected = descend_alone(learner.network, start, episode.task(2), 4, 0.01)
+        momentum = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+        expected = descend_alone(learner.network, start, episode.task(2), 4, momentum)
         for name, p in expected.items():
             torch.testing.assert_close(adapted[name][2], p.detach(), atol=1e-4, rtol=1e-3, msg=name)
 
@@ -229,7 +241,9 @@ def test_every_task_starts_from_its_own_network_whatever_the_batch() -> None:
 
 
 def test_networks_are_drawn_by_the_law_of_the_backbone() -> None:
-    template = ConvNet(40, filters=16, hidden=(64,), n_blocks=2, image_size=SIZE)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        template = ConvNet(40, filters=16, hidden=(64,), n_blocks=2, image_size=SIZE)
     drawn = Scratch(template).initial_parameters(random_episode(n_tasks=8, n_way=40))
     assert drawn.keys() == dict(template.named_parameters()).keys()
     for name, p in template.named_parameters():
@@ -238,7 +252,7 @@ def test_networks_are_drawn_by_the_law_of_the_backbone() -> None:
             assert torch.equal(drawn[name], p.detach().expand_as(drawn[name]))
         else:
             assert drawn[name].abs().max() == pytest.approx(p.abs().max().item(), rel=0.1), name
-            assert drawn[name].std() == pytest.approx(p.std().item(), rel=0.15), name
+            assert drawn[name].std() == pytest.approx(p.std().item(), rel=0.2), name
             assert abs(drawn[name].mean()) < 0.15 * p.std(), name
 
 
@@ -283,7 +297,7 @@ def test_pretraining_loss_is_the_cross_entropy_of_the_classifier(normalization: 
 
 
 def test_pretraining_teaches_the_classes() -> None:
-    learner, classes = PretrainedFinetuned(pretrained(), steps=20, lr=0.01), patterned_classes()
+    learner, classes = PretrainedFinetuned(pretrained()), patterned_classes()
     sampler = learner.sampler(classes, EpisodeSpec(WAY, 1, 4))
     untrained = learner.meta_loss(sampler.sample(4)).item()
     config = TrainConfig(iterations=80, tasks_per_step=4, outer_lr=0.02, warmup=0, log_every=40)

@@ -141,7 +141,7 @@ def test_same_seed_same_weights_bit_for_bit():
 def test_history_tells_what_happened(tmp_path: Path):
     learner, losses = Line(), [0.5, 1.5, 4.0, 2.0, 8.0, 1.0, 1.0]
     remaining = iter(losses)
-    learner.meta_loss = lambda episode: 0 * learner.linear.weight.sum() + next(remaining)  # type: ignore[method-assign]
+    learner.meta_loss = lambda episode: 0 * learner.linear.weight.sum() + next(remaining)
     accuracies = iter([0.25, 0.5, 0.75])
     config = replace(CONFIG, iterations=7, log_every=3)
     history = fit(learner, config=config, folder=tmp_path, validate=lambda _: next(accuracies))
@@ -158,7 +158,7 @@ def test_train_accuracy_is_that_of_the_query_images():
     learner = Line()
     episodes: list[Episode] = []
     draws = Tampered(sampler(), lambda draw: None)
-    draws.sample = lambda n_tasks: episodes.append(draws.sampler.sample(n_tasks)) or episodes[-1]  # type: ignore[method-assign]
+    draws.sample = lambda n_tasks: episodes.append(draws.sampler.sample(n_tasks)) or episodes[-1]
     history = fit(learner, draws, replace(CONFIG, iterations=1))
     with torch.no_grad():
         right = learner(episodes[0]).argmax(-1) == episodes[0].query_labels
@@ -202,7 +202,7 @@ def rates(config: TrainConfig) -> list[float]:
         return learner.linear.weight.sum()
 
     learner.double()
-    learner.meta_loss = constant_slope  # type: ignore[method-assign]
+    learner.meta_loss = constant_slope
     fit(learner, InDoublePrecision(sampler()), config)
     positions = [*learner.positions, learner.linear.weight[0, 0].item()]
     return [before - after for before, after in pairwise(positions)]
@@ -223,7 +223,7 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine():
 def test_the_gradient_is_clipped_before_the_optimizer_sees_it(tmp_path: Path, slope: float, clipped: float):
     """All 195 parameters have the gradient `slope`; Adam's first mean is a tenth of what reached it."""
     learner = Line()
-    learner.meta_loss = lambda episode: slope * sum(p.sum() for p in learner.parameters())  # type: ignore[method-assign]
+    learner.meta_loss = lambda episode: slope * torch.stack([p.sum() for p in learner.parameters()]).sum()
     fit(learner, config=replace(CONFIG, iterations=1, clip_norm=0.5), folder=tmp_path)
     adam = torch.load(tmp_path / CHECKPOINT)["optimizer"]["state"]
     norm = torch.cat([adam[i]["exp_avg"].flatten() for i in range(2)]).norm().item()
@@ -232,7 +232,7 @@ def test_the_gradient_is_clipped_before_the_optimizer_sees_it(tmp_path: Path, sl
 
 def test_gradients_do_not_add_up_over_steps(tmp_path: Path):
     learner = Line()
-    learner.meta_loss = lambda episode: learner.linear.weight.sum()  # type: ignore[method-assign]
+    learner.meta_loss = lambda episode: learner.linear.weight.sum()
     fit(learner, config=replace(CONFIG, iterations=3, clip_norm=1e9), folder=tmp_path)
     assert learner.linear.weight.grad is not None
     assert (learner.linear.weight.grad == 1).all()
@@ -254,7 +254,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path
             what, zero.sqrt()
         )
 
-    learner.meta_loss = meta_loss  # type: ignore[method-assign]
+    learner.meta_loss = meta_loss
     message = (
         f"the loss of iteration 8 is {'inf' if what == 'loss is infinite' else 'nan'}: "
         f"lower outer_lr or inner_lr, or clip_norm; the last good checkpoint is {tmp_path / CHECKPOINT}"
@@ -273,7 +273,7 @@ def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path
 
 def test_a_diverging_run_without_a_folder_promises_no_checkpoint():
     learner = Line()
-    learner.meta_loss = lambda episode: learner.linear.weight.sum() * torch.nan  # type: ignore[method-assign]
+    learner.meta_loss = lambda episode: learner.linear.weight.sum() * torch.nan
     message = "the loss of iteration 1 is nan: lower outer_lr or inner_lr, or clip_norm"
     with pytest.raises(TrainingDivergedError, match=exactly(message)):
         fit(learner)
@@ -414,9 +414,15 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=exactly(message)):
         fit(learner, config=replace(CONFIG, outer_lr=0.5, seed=1), folder=tmp_path)
     assert same_weights(learner, Line())
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a readable checkpoint; delete it to start"):
-        fit(Line(), folder=tmp_path)
+    contents = path.read_bytes()
+    torch.save(learner.state_dict(), path)
+    weights = path.read_bytes()
+    for damaged in (contents[:1000], b"", weights):
+        path.write_bytes(damaged)
+        with pytest.raises(
+            ValueError, match=f"^{re.escape(str(path))} is not a readable checkpoint; delete it to start"
+        ):
+            fit(Line(), folder=tmp_path)
 
 
 # --- Ctrl-C ----------------------------------------------------------------------------------------------------
@@ -500,10 +506,12 @@ def train_slowly(folder: Path) -> None:
 
 def train_a_share(folder: Path) -> None:
     """One of two processes; the second starts elsewhere, and writes where nothing should be written."""
-    rank = int(os.environ["RANK"])
+    rank, tasks = int(os.environ["RANK"]), set()
     learner = maml(seed=rank).double()
+    learner.meta_loss = lambda episode: tasks.add(len(episode)) or MAML.meta_loss(learner, episode)
     fit(learner, InDoublePrecision(sampler()), SPLIT, folder / f"of-{rank}")
     torch.save(learner.state_dict(), folder / f"{rank}.pt")
+    print("tasks a step:", *tasks)
     try:
         fit(learner, InDoublePrecision(sampler()), replace(SPLIT, tasks_per_step=3))
     except ValueError as error:
@@ -556,7 +564,7 @@ def test_two_processes_with_half_the_tasks_each_are_one(tmp_path: Path):
     outputs = [child.communicate()[0] for child in children]
     for rank, output in enumerate(outputs):
         message = "tasks_per_step = 3 does not split among 2 processes; choose a multiple of 2"
-        assert output.splitlines()[-1:] == [message], output
+        assert output.splitlines()[-2:] == ["tasks a step: 2", message], output
         weights = torch.load(tmp_path / f"{rank}.pt")
         for name, tensor in whole.state_dict().items():
             assert torch.allclose(weights[name], tensor, rtol=1e-11, atol=1e-12), name

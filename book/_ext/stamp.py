@@ -23,7 +23,7 @@ MUST_REPEAT = {
     "_config.yml": ("url: {repository}", "baseurl: {pages}"),
     "CITATION.cff": ("repository-code: {repository}", "url: {pages}"),
     "README.md": ("git+{repository}", "{colab}/blob/main/", "{pages}"),
-    "book/index.md": ("git+{repository}",),
+    "book/index.md": ("git+{repository}", "{colab}/blob/main/"),
 }
 EVERY_NOTEBOOK_MUST_REPEAT = "git+{repository}"
 

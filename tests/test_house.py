@@ -1,0 +1,242 @@
+"""The house rules that a reader of the code relies on: floors, docstrings, examples that run, one set of defaults."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+
+import metatutor
+from metatutor import twice
+
+PACKAGE = Path(metatutor.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+# From the lowest up. A file or folder may import from the floors below its own; on the ground floor also next door.
+FLOORS = (
+    {"episodes", "backbones", "twice", "allocator"},
+    {"data", "learner"},
+    {"metric", "optimization", "memory", "baselines"},
+    {"training", "evaluation", "analysis"},
+    {"recording", "figures"},
+    {"cli"},
+)
+LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
+MAY_PRINT = {"cli.py", "data/__init__.py"}  # `load_characters` says which data it found
+
+
+def name_of(path: Path) -> str:
+    """`metatutor/data/omniglot.py` -> `metatutor.data.omniglot`."""
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): tree for path, tree in TREES.items()}
+MODULE_NAMES = sorted(MODULES)
+
+
+def room_of(module: str) -> str:
+    """The first name after `metatutor`, where a floor has a file or a folder."""
+    return module.removeprefix("metatutor").removeprefix(".").partition(".")[0]
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere in a file, also inside functions."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            assert node.module
+            if node.module == "metatutor":
+                yield from (f"metatutor.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+# --- floors ----------------------------------------------------------------------------------------------------
+
+
+def test_every_room_has_its_floor():
+    rooms = {room_of(name) for name in MODULES} - {""}
+    assert rooms <= LEVEL.keys(), "say in FLOORS (and in the design) on which floor it is"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULE_NAMES if name != "metatutor"])
+def test_imports_go_down(module: str):
+    room = room_of(module)
+    for imported in imports(MODULES[module]):
+        if imported.partition(".")[0] != "metatutor":
+            continue
+        other = room_of(imported)
+        assert other in LEVEL, f"{module} imports {imported}; import the file that defines the name"
+        next_door = room == other or LEVEL[room] == LEVEL[other] == 0
+        assert LEVEL[other] < LEVEL[room] or next_door, f"{module} must not import {imported}"
+
+
+def test_only_figures_draw():
+    drawing = {name for name, tree in MODULES.items() if any(i.startswith("matplotlib") for i in imports(tree))}
+    assert drawing <= {"metatutor.figures"}
+
+
+# --- anti-patterns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", MODULE_NAMES)
+def test_nothing_is_swallowed_printed_or_copied(module: str):
+    path = next(path for path in FILES if name_of(path) == module)
+    for node in ast.walk(MODULES[module]):
+        where = f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{where}: a bare except"
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called != "print" or str(path.relative_to(PACKAGE)) in MAY_PRINT, f"{where}: raise, do not print"
+            assert not called.endswith("deepcopy"), f"{where}: functional_call needs no copies"
+            assert called not in ("warnings.warn", "warn"), f"{where}: an error raises; no warning about it"
+            assert called not in ("np.random.seed", "random.seed"), f"{where}: no global generator"
+
+
+def test_no_seed_for_the_global_generator():
+    """Unless it is put back afterwards."""
+    for name, tree in MODULES.items():
+        forked = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.With) and "fork_rng" in ast.unparse(node.items[0])
+            for inner in ast.walk(node)
+        }
+        seeding = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "torch.manual_seed"]
+        assert all(id(node) in forked for node in seeding), name
+
+
+def test_a_convolution_is_not_written_twice():
+    """No second layer library: whatever has parameters and convolves is in `backbones`."""
+    for name, tree in MODULES.items():
+        classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+        assert not [c.name for c in classes if re.fullmatch(r"Meta(Conv|Linear|BatchNorm|Module|Sequential).*", c.name)]
+        if name not in ("metatutor.backbones", "metatutor.twice"):
+            assert not [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "conv2d" in ast.unparse(n.func)], name
+
+
+# --- docstrings ------------------------------------------------------------------------------------------------
+
+
+def public(body: list[ast.stmt]) -> list[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in body if isinstance(node, (ast.ClassDef, *FUNCTIONS)) and not node.name.startswith("_")]
+
+
+def summary(documented: ast.AST) -> str:
+    """The first paragraph of a docstring, as one line."""
+    assert isinstance(documented, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    return " ".join((ast.get_docstring(documented) or "").split("\n\n")[0].split())
+
+
+def sections(docstring: str) -> dict[str, str]:
+    """`Args`, `Returns`, … by name."""
+    parts = re.split(r"^([A-Z]\w+):$", docstring, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def is_overload_or_setter(node: ast.AST) -> bool:
+    return any(ast.unparse(d).endswith(("overload", ".setter")) for d in getattr(node, "decorator_list", []))
+
+
+@pytest.mark.parametrize("module", MODULE_NAMES)
+def test_every_public_name_says_what_it_is(module: str):
+    tree = MODULES[module]
+    assert summary(tree).endswith((".", ":")), f"{module} begins with a sentence"
+    for node in public(tree.body):
+        assert summary(node).endswith("."), f"{module}.{node.name} begins with a sentence"
+        if isinstance(node, ast.ClassDef):
+            for method in public(node.body):
+                if not is_overload_or_setter(method):
+                    assert summary(method).endswith("."), f"{module}.{node.name}.{method.name} is a sentence"
+
+
+EXPORTED = [name for name in metatutor.__all__ if inspect.isclass(value := getattr(metatutor, name)) or callable(value)]
+
+
+def test_all_is_what_it_says():
+    assert sorted(metatutor.__all__, key=str.lower) == sorted(set(metatutor.__all__), key=str.lower)
+    assert all(hasattr(metatutor, name) for name in metatutor.__all__)
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_exported_name_has_arguments_example_and_reference(name: str):
+    exported = getattr(metatutor, name)
+    docstring = inspect.cleandoc(exported.__doc__)
+    found = sections(docstring)
+    constructor = exported.__init__ if inspect.isclass(exported) else exported
+    if constructor is torch.nn.Module.__init__:
+        parameters = []
+    else:
+        parameters = [p for p in inspect.signature(constructor).parameters if p != "self" and not p.startswith("_")]
+    if parameters:
+        assert "Args" in found, f"{name}: Args"
+        undocumented = [p for p in parameters if not re.search(rf"(^|,) *{p}\b.*:", found["Args"], re.MULTILINE)]
+        assert undocumented == [], f"{name}: Args must name {undocumented}"
+    assert ">>> " in found.get("Example", ""), f"{name}: Example"
+    assert re.search(r"\w", found.get("Reference", "")), f"{name}: Reference"
+    if not inspect.isclass(exported) and exported.__annotations__.get("return") not in (None, "None"):
+        assert "Returns" in found or len(docstring.split("\n\n")[0].splitlines()) == 1, f"{name}: Returns"
+
+
+@pytest.mark.parametrize("module", MODULE_NAMES)
+def test_examples_run_on_a_machine_without_data(
+    module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("METATUTOR_DATA", raising=False)
+    monkeypatch.setenv("METATUTOR_CACHE", str(tmp_path))
+    monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", "http://127.0.0.1:9/nothing")  # no example may need the network
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testmod(importlib.import_module(module), optionflags=flags)
+    assert failed == 0, capsys.readouterr().out
+
+
+# --- configurations --------------------------------------------------------------------------------------------
+
+
+def configurations() -> dict[str, tuple[type, type]]:
+    """The configuration of every learner, with the learner: `MAMLConfig` with `MAML`."""
+    found = {}
+    for module in MODULE_NAMES:
+        names = {node.name for node in MODULES[module].body if isinstance(node, ast.ClassDef)}
+        for name in sorted(name for name in names if name.endswith("Config") and name.removesuffix("Config") in names):
+            loaded = importlib.import_module(module)
+            config, owner = getattr(loaded, name), getattr(loaded, name.removesuffix("Config"))
+            if issubclass(owner, metatutor.Learner):
+                found[name] = (config, owner)
+    return found
+
+
+CONFIGURATIONS = configurations()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration_has_the_defaults_of_its_learner(name: str):
+    config, learner = CONFIGURATIONS[name]
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(config) if f.name != "method"}
+    arguments = inspect.signature(learner.__init__).parameters
+    assert MISSING not in defaults.values()
+    assert {argument: arguments[argument].default for argument in defaults} == defaults
+
+
+# --- the tests themselves --------------------------------------------------------------------------------------
+
+
+def test_shapes_are_checked_at_run_time():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        twice.conv2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3))  # two channels, one channel
