@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metatutor.allocator import keep_freed_memory
-from metatutor.backbones import ConvNet
+from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode
 from metatutor.optimization.maml import MAML
 
@@ -204,10 +204,11 @@ def ordinary(network: ConvNet) -> nn.Sequential:
     """The network a user of the peers would write, with the same weights; its parameters come in the same order."""
     layers: list[nn.Module] = []
     for block in network.blocks:
-        stride, (c_out, c_in) = block.stride, block.weight.shape[:2]
-        layers += [nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False)]
+        assert isinstance(block, ConvBlock)
+        c_out, c_in = block.weight.shape[:2]
+        layers += [nn.Conv2d(c_in, c_out, 3, stride=block.stride, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(c_out, track_running_stats=False), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if stride == 1 else []
+        layers += [nn.MaxPool2d(2)] if block.stride == 1 else []
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(network.embedding_size, network.n_outputs))
     net.to(network.head.weight)
     with torch.no_grad():
@@ -251,7 +252,7 @@ def check(setting: Setting, names: Sequence[str]) -> dict[str, float]:
     differences = {n: difference(meta_gradient(IMPLEMENTATIONS[n], setting), expected) for n in names}
     for name, found in differences.items():
         if not found < TOLERANCE:
-            raise SystemExit(f"{setting.name}: the gradient of {name} differs by {found:.1e}, more than {TOLERANCE:.0e}")
+            raise SystemExit(f"{setting.name}: the gradient of {name} is off by {found:.1e}, more than {TOLERANCE:.0e}")
     return differences
 
 
@@ -352,8 +353,8 @@ def chosen(config: Config) -> tuple[list[str], list[str]]:
 def machine(config: Config) -> str:
     """What this is measured on."""
     info = Path("/proc/cpuinfo")
-    models = [line.split(": ")[1] for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    model = models[0] if models else platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     threads = config.threads or torch.get_num_threads()
     gpu = "" if config.device == "cpu" else f"; {torch.cuda.get_device_name(config.device)}"
     return f"{model}, {os.cpu_count()} cores, {threads} threads{gpu}; PyTorch {torch.__version__}"
@@ -379,9 +380,8 @@ def table(setting: str, measurements: dict[str, Measurement], names: Sequence[st
     return "\n".join(lines)
 
 
-HEADER = (
-    f"{'setting':<15} {'implementation':<23} {'median ms':>9} {'min ms':>9} {'ratio':>7} {'peak MiB':>9} {'difference':>11}"
-)
+COLUMNS = f"{'median ms':>9} {'min ms':>9} {'ratio':>7} {'peak MiB':>9} {'difference':>11}"
+HEADER = f"{'setting':<15} {'implementation':<23} {COLUMNS}"
 
 
 def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
@@ -395,7 +395,8 @@ def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
     print(", ".join(f"{name} {version(PACKAGES[name])}" for name in names if name in PACKAGES), flush=True)
     for name in missing:
         print(f"{name}: not installed")
-    print(f"\n{n_tasks} tasks, 5-way 1-shot, {config.filters} filters, second order; {rounds} rounds\n\n{HEADER}", flush=True)
+    print(f"\n{n_tasks} tasks, 5-way 1-shot, {config.filters} filters, second order; {rounds} rounds")
+    print(f"\n{HEADER}", flush=True)
     rows = []
     for name in config.settings:
         setting = Setting(name, n_tasks, config.filters, config.device)

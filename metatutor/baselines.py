@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
@@ -379,6 +379,12 @@ class _Pretrained(_NetworkLearner):
         """Mini-batches of all classes; a step sees as many images as with episodes of this spec."""
         self._check(len(classes))
         return ClassificationSampler(classes, spec.n_way * (spec.k_shot + spec.n_query), seed=seed)
+
+    def finish(self) -> None:
+        """Forget the pretraining classes, whose last layer no task uses: the weights to record shrink to a few."""
+        head = self.network.head
+        head.weight, head.bias = (nn.Parameter(p[:1].detach().clone()) for p in (head.weight, head.bias))
+        head.out_features = self.network.n_outputs = 1
 
     def _check(self, n_classes: int) -> None:
         if n_classes != self.network.n_outputs:

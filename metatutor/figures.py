@@ -20,10 +20,11 @@ from jaxtyping import Float
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Ellipse, Rectangle
 from torch import Tensor
 
 from metatutor.episodes import Episode
+from metatutor.evaluation import confidence95
 
 BLUE, RED, GREEN, ORANGE, PURPLE, SKY, GREY = (  # Okabe and Ito's, and a grey
     "#0072B2",
@@ -505,3 +506,174 @@ def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " task"]]]) -> Pict
         axes.set(xlabel=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         axes.set_xlim(0, None)
     return figure
+
+
+# --- what an accuracy is worth ---
+
+
+@_styled
+def bands(
+    series: Mapping[str, Float[Tensor, "x task"]],
+    at: Sequence[float],
+    *,
+    x: str,
+    y: str = "accuracy",
+    levels: Mapping[str, float] | None = None,
+) -> Picture:
+    """Mean accuracies with their 95% intervals: few as points with bars, many as a line with a band.
+
+    Args:
+        series: name to accuracies (0–1), one a task, at each place of the horizontal axis.
+        at: these places.
+        x, y: what the axes show, with the unit.
+        levels: name to height of thin horizontal lines, such as that of guessing.
+
+    Example:
+        >>> figure = bands({"CNN": torch.rand(3, 50)}, at=[1, 2, 5], x="shots", levels={"guessing": 0.2})
+    """
+    figure = _picture(3.3)
+    axes = figure.subplots()
+    looks = zip(COLOURS, _DASHES, _MARKERS, strict=True)
+    for (name, values), (colour, dash, marker) in zip(series.items(), looks, strict=False):
+        means, halves = values.mean(1).numpy(), torch.tensor([confidence95(of_tasks) for of_tasks in values]).numpy()
+        if len(at) <= 8:
+            axes.errorbar(at, means, halves, fmt=marker + dash, color=colour, capsize=3, elinewidth=1.2, label=name)
+        else:
+            axes.plot(at, means, dash, color=colour, label=name)
+            axes.fill_between(at, means - halves, means + halves, color=colour, alpha=0.2, lw=0)
+    for name, height in (levels or {}).items():
+        axes.axhline(height, color=GREY, lw=1, ls=":")
+        axes.text(1.01, height, name, transform=axes.get_yaxis_transform(), color=GREY, va="center", size=9)
+    axes.set(xlabel=x, ylabel=y, ylim=(0, 1.03))
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    figure.legend(loc="outside upper left", ncols=2, alignment="left")
+    return figure
+
+
+@_styled
+def certainty(accuracies: Float[Tensor, " task"], n: int) -> Picture:
+    """How far tasks lie apart, and how sure the mean of `n` of them is: what two kinds of ± say.
+
+    Above, the first `n` accuracies; below, the interval of every `n`, and whether it holds the mean of all.
+
+    Args:
+        accuracies: one a task, 0–1.
+        n: tasks in a measurement.
+
+    Example:
+        >>> figure = certainty(torch.rand(400), n=20)
+    """
+    figure = _picture(5)
+    above, below = figure.subplots(2, height_ratios=[2, 3])
+    measurements = accuracies[: len(accuracies) // n * n].view(-1, n)
+    means, deviations = measurements.mean(1), measurements.std(1)
+    halves, truth = 1.96 * deviations / n**0.5, accuracies.mean().item()
+    values, counts = measurements[0].round(decimals=4).unique(return_counts=True)
+    above.bar(values.numpy(), counts.numpy(), width=0.012, color=GREY)
+    for half, colour, alpha, name in ((deviations, ORANGE, 0.3, "mean ± s"), (halves, BLUE, 0.6, "mean ± 1.96 s / √n")):
+        low, high = (means - half)[0].item(), (means + half)[0].item()
+        above.axvspan(low, high, color=colour, alpha=alpha, lw=0, zorder=0, label=name)
+    above.set(title=f"One measurement: {n} tasks", xlabel="accuracy on one task", ylabel="tasks", xlim=(0, 1))
+    order, hold = means.argsort(), (means - truth).abs() <= halves
+    for colour, marker, name, which in ((BLUE, "o", "hold it", hold), (RED, "D", "miss it", ~hold)):
+        rows, chosen = which[order].nonzero()[:, 0].numpy(), order[which[order]]
+        bars = {"xerr": halves[chosen].numpy(), "fmt": marker, "ms": 3, "lw": 1.2, "color": colour}
+        below.errorbar(means[chosen].numpy(), rows, **bars, label=f"{len(rows)} {name}")
+    below.axvline(truth, color="black", lw=1, ls="--", label="mean of all tasks")
+    below.set(title=f"{len(means)} measurements of {n} tasks, sorted", xlabel="mean accuracy", yticks=[])
+    for axes in (above, below):
+        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.legend(loc="upper left", handlelength=1.2)
+    return figure
+
+
+# --- the three families ---
+
+
+@_styled
+def families(episode: Episode) -> Picture:
+    """Three ways to learn a task, drawn with the characters of tasks; places and lengths are drawn, not measured.
+
+    Args:
+        episode: three tasks or more, of three classes or more, one support image of each.
+
+    Example:
+        >>> images, labels = torch.rand(3, 5, 1, 28, 28), torch.arange(5).repeat(3, 1)
+        >>> figure = families(Episode(images, labels, images, labels, n_way=5))
+    """
+    figure = _picture(7.2)
+    titles = {
+        "Compare. Learned: a space. A task is points in it.": _compare,
+        "Adapt. Learned: a start. A task is a short walk from it.": _adapt,
+        "Remember. Learned: to write and read. A task is a few rows.": _remember,
+    }
+    for axes, (title, draw) in zip(figure.subplots(len(titles)), titles.items(), strict=True):
+        axes.set(xlim=(0, 10), ylim=(0, 3.8), aspect="equal", title=title, xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, color="#CCCCCC")
+        axes.grid(visible=False)
+        draw(axes, episode)
+    return figure
+
+
+def _stamp(axes: Axes, image: Float[Tensor, "1 h w"], x: float, y: float, colour: str, side: float = 0.9) -> None:
+    """A small image in a frame, its middle at (x, y)."""
+    left, right, low, high = x - side / 2, x + side / 2, y - side / 2, y + side / 2
+    pixels, extent = image[0].cpu().numpy(), (left, right, low, high)
+    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="none", zorder=3)
+    axes.add_patch(Rectangle((left, low), side, side, fill=False, edgecolor=colour, lw=1.6, zorder=4))
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, width: float = 1.4) -> None:
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": colour, "lw": width, "shrinkA": 0})
+
+
+def _compare(axes: Axes, episode: Episode) -> None:
+    """Support images are points; the query image belongs to the nearest."""
+    query, places = (5.7, 1.5), ((2.2, 2.9), (2.6, 0.9), (7.4, 2.6))
+    for label, (x, y) in enumerate(places):
+        nearest = label == len(places) - 1
+        dash, width = ("-", 2.4) if nearest else (":", 1.2)
+        axes.plot([query[0], x], [query[1], y], dash, lw=width, color=_of(label))
+        axes.plot(x, y, "o", color=_of(label), ms=10, zorder=3)
+        _stamp(axes, episode.support_images[0, label], x + (0.8 if nearest else -0.8), y, _of(label))
+    axes.plot(*query, "X", color="black", ms=10, zorder=3)
+    _stamp(axes, episode.query_images[0, _first_query(episode, 0, 2)], query[0] + 0.1, query[1] - 0.85, "black")
+    axes.text(6.75, 1.75, "nearest", color=_of(2), va="center")
+    axes.text(query[0] + 0.7, query[1] - 0.85, "query", va="center")
+
+
+def _adapt(axes: Axes, episode: Episode) -> None:
+    """From the learned parameters a short way leads into the valley of each task."""
+    start, valleys = (4.7, 1.7), ((2.6, 2.8), (2.9, 0.9), (7.2, 2.4))
+    axes.plot([9.6, 8.3, 7.4, 6.2, 5.4, start[0]], [0.5, 0.35, 0.8, 0.75, 1.3, start[1]], color=GREY, lw=1.4, ls="--")
+    axes.text(7.7, 0.75, "meta-training", color=GREY)
+    for task, (x, y) in enumerate(valleys):
+        for size in (0.5, 1.0, 1.5):
+            axes.add_patch(Ellipse((x, y), 1.3 * size, 0.8 * size, fill=False, edgecolor=_of(task), lw=0.8, alpha=0.7))
+        _arrow(axes, start, (x, y), _of(task), 2)
+        away = -1 if x < start[0] else 1
+        for i in range(2):
+            _stamp(axes, episode.support_images[task, i], x + away * (1.3 + 0.75 * i), y, _of(task), side=0.65)
+    axes.plot(*start, "o", color="black", ms=9, zorder=3)
+    axes.text(start[0], start[1] - 0.25, "learned\nstart θ", ha="center", va="top")
+
+
+def _remember(axes: Axes, episode: Episode) -> None:
+    """Support images are written into rows, with their labels; the query image reads the row that fits."""
+    shades = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)).tolist()
+    for row, keys in enumerate(shades):
+        y = 3.15 - 0.8 * row
+        for column, shade in enumerate(keys):
+            axes.add_patch(Rectangle((3.2 + 0.4 * column, y - 0.2), 0.4, 0.4, facecolor=str(0.45 + 0.5 * shade)))
+        if row < 3:
+            _stamp(axes, episode.support_images[0, row], 1, 3 - 1.15 * row, _of(row))
+            _arrow(axes, (1.6, 3 - 1.15 * row), (3.1, y), _of(row))
+            axes.text(5.75, y, f"class {row}", color=_of(row), va="center")
+    _stamp(axes, episode.query_images[0, _first_query(episode, 0, 2)], 9, 2.2, "black")
+    _arrow(axes, (6.95, 1.6), (8.4, 2.1), _of(2), 2.4)
+    for text, x, y in (("write", 2.3, 3.4), ("memory", 4.4, 0.25), ("read", 7.4, 2.3), ("query", 9, 1.4)):
+        axes.text(x, y, text, color=GREY, ha="center", va="center")
+
+
+def _first_query(episode: Episode, task: int, label: int) -> int:
+    return int((episode.query_labels[task] == label).int().argmax())

@@ -49,3 +49,6 @@ class Learner(nn.Module, ABC):
     def sampler(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
         """What the outer loop draws for this method from the meta-training classes: episodes, as a rule."""
         return EpisodeSampler(classes, spec, seed=seed)
+
+    def finish(self) -> None:
+        """Drop what only the outer loop needed, before the parameters are recorded: nothing, as a rule."""

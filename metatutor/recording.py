@@ -361,6 +361,7 @@ def run_training(
             device=device,
             progress_bar=progress_bar,
         )
+        learner.finish()
         with replacing(folder / "model.safetensors") as temporary:
             save_file({name: tensor.contiguous().cpu() for name, tensor in learner.state_dict().items()}, temporary)
         write_history(history, folder / "history.csv")

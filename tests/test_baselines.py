@@ -314,6 +314,18 @@ def test_pretraining_teaches_the_classes() -> None:
     assert history[-1]["train_accuracy"] > 0.95 and history[-1]["validation_accuracy"] > 0.95
 
 
+@pytest.mark.parametrize("learner", [PretrainedFinetuned, PretrainedCosine])
+def test_the_recorded_weights_need_no_pretraining_head(learner) -> None:
+    finished, episode = learner(pretrained()), random_episode()
+    before = finished(episode)
+    finished.finish()
+    loaded = learner(network(n_outputs=1, seed=2))
+    loaded.load_state_dict(finished.state_dict())
+    assert torch.equal(finished(episode), before) and torch.equal(loaded(episode), before)
+    with pytest.raises(ValueError, match="1 outputs but there are 6 classes"):
+        finished(ClassificationSampler(patterned_classes(), 2).sample(1))
+
+
 # --- comparisons by hand ---
 
 

@@ -27,6 +27,11 @@ def history() -> list[dict[str, float]]:
     return [row | {"iteration": float(i)} for i in (10, 20)]
 
 
+def three_tasks() -> Episode:
+    labels = torch.arange(5).repeat(3, 1)
+    return Episode(torch.rand(3, 5, 1, 28, 28), labels, torch.rand(3, 5, 1, 28, 28), labels, n_way=5)
+
+
 ALL: dict[str, Callable[[], Picture]] = {
     "characters": lambda: figures.characters({"Omniglot": torch.rand(6, 28, 28), "Strokes": torch.rand(4, 28, 28)}),
     "task": lambda: figures.task(episode()),
@@ -37,6 +42,10 @@ ALL: dict[str, Callable[[], Picture]] = {
     "answers": lambda: figures.answers(episode(), torch.rand(10, 5).softmax(-1), shown=range(10)),
     "by_layer": lambda: figures.by_layer({"change": {"conv 1": torch.rand(4)}, "CKA": {"conv 1": torch.rand(4)}}),
     "slopes": lambda: figures.slopes({"a": (torch.arange(5.0), torch.arange(5.0), 2, {"slope": 1})}, x="w", y="loss"),
+    "bands, few": lambda: figures.bands({"a": torch.rand(3, 9), "b": torch.rand(3, 9)}, [1, 2, 5], x="shots"),
+    "bands, many": lambda: figures.bands({"a": torch.rand(9, 4)}, range(9), x="steps", levels={"guessing": 0.2}),
+    "certainty": lambda: figures.certainty(torch.rand(200), n=20),
+    "families": lambda: figures.families(three_tasks()),
 }
 
 

@@ -1,0 +1,365 @@
+"""What a chapter asks of its reader: a game to play, and friendly checks of answers.
+
+A check never raises: it says what it thinks of an answer, and counts as true only if the answer is right. So an
+exercise that nobody has done yet runs, and a solution can be asserted.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from html import escape
+from math import ceil, comb, perm
+from string import Template
+from typing import Any
+from zlib import crc32
+
+import torch
+from jaxtyping import Float, Int64
+from PIL import Image
+from torch import Tensor
+
+from metatutor.episodes import ClassImages, Episode, EpisodeSpec
+from metatutor.figures import Shown
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check thinks of an answer.
+
+    Args:
+        right: whether the answer is right; the verdict is as true as that.
+        why: one sentence for the reader.
+
+    Example:
+        >>> Verdict(True, "5 classes, as it should be.")
+        ✓ 5 classes, as it should be.
+    """
+
+    right: bool
+    why: str
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def __repr__(self) -> str:
+        return f"{'✓' if self.right else '✗'} {self.why}"
+
+
+_NOTHING_YET = "No answer yet: replace the dots and run the cell again."
+
+
+# --- answers that are a number ---
+
+
+def check_task_count(answer: object, n_classes: int, n_way: int) -> Verdict:
+    """Judge a number of sets of `n_way` classes that can be drawn from `n_classes`.
+
+    Args:
+        answer: the reader's number.
+        n_classes: classes of a split.
+        n_way: classes in a task.
+
+    Returns:
+        A verdict that recognises the usual mistakes.
+
+    Example:
+        >>> check_task_count(120, n_classes=6, n_way=3)
+        ✗ 120 counts every order of the labels as a task of its own; here only which classes take part matters.
+    """
+    mistakes: dict[float, str] = {
+        perm(n_classes, n_way): "counts every order of the labels as a task of its own; here only which classes take "
+        "part matters.",
+        n_classes**n_way: "lets a class take part twice; the classes of a task are distinct.",
+        n_classes // n_way: "is how many tasks share no class; tasks may share some of their classes.",
+    }
+    return _number(answer, comb(n_classes, n_way), mistakes)
+
+
+def check_overlap(answer: object, accuracy: float, n_drawings: int) -> Verdict:
+    """Judge the accuracy that nearest pixels seems to reach at one shot if support and query are drawn independently.
+
+    Args:
+        answer: the reader's accuracy, 0–1.
+        accuracy: the honest one.
+        n_drawings: drawings of each class.
+
+    Returns:
+        A verdict; half a thousandth away is right.
+
+    Example:
+        >>> check_overlap(0.525, accuracy=0.5, n_drawings=20)
+        ✓ 0.525 it is.
+    """
+    mistakes = {
+        accuracy + 1 / n_drawings: "counts every query image that is a support image as a gain, but some of them would "
+        "have been answered rightly anyway.",
+        accuracy: "is the honest accuracy; a query image that is also in the support set is always answered rightly.",
+    }
+    return _number(answer, accuracy + (1 - accuracy) / n_drawings, mistakes, within=5e-4)
+
+
+def check_episodes_needed(answer: object, accuracies: Float[Tensor, " task"], half_width: float) -> Verdict:
+    """Judge a number of tasks that is said to be enough for a 95% interval of ± `half_width`.
+
+    Args:
+        answer: the reader's number of tasks.
+        accuracies: one a task, 0–1, to estimate the standard deviation from.
+        half_width: half the width of the interval, 0–1.
+
+    Returns:
+        A verdict; one task more or less is right.
+
+    Example:
+        >>> check_episodes_needed(40, torch.tensor([0.2, 0.8]), half_width=0.1)
+        ✗ 40 is too small: with so few tasks the interval is wider than asked.
+    """
+    deviation = accuracies.std(correction=1).item()
+    mistakes: dict[float, str] = {
+        ceil(1.96 * deviation / half_width): "is without the square: the interval shrinks with the root of n.",
+        ceil((deviation / half_width) ** 2): "leaves the 1.96 out.",
+        ceil((1.96 * deviation / (2 * half_width)) ** 2): "gives an interval that is twice as wide.",
+        ceil((1.96 * deviation / (half_width / 2)) ** 2): "gives an interval that is half as wide.",
+    }
+    needed = (1.96 * deviation / half_width) ** 2
+    too = ("is too small: with so few tasks the interval is wider than asked.", "would do, but fewer tasks do too.")
+    return _number(answer, needed, mistakes, within=1, too=too)
+
+
+def _number(
+    answer: object,
+    right: float,
+    mistakes: Mapping[float, str],
+    within: float = 0.0,
+    too: tuple[str, str] = ("is too small.", "is too large."),
+) -> Verdict:
+    if answer is None or answer is ...:
+        return Verdict(False, _NOTHING_YET)
+    if isinstance(answer, Tensor) and answer.numel() == 1:
+        answer = answer.item()
+    if not isinstance(answer, int | float) or isinstance(answer, bool):
+        return Verdict(False, f"The answer should be a number, not {type(answer).__name__}.")
+    if abs(answer - right) <= within:
+        return Verdict(True, f"{answer:,} it is." if isinstance(answer, int) else f"{answer:,.4g} it is.")
+    for mistake, what in mistakes.items():
+        if abs(answer - mistake) <= within:
+            return Verdict(False, f"{answer:,.6g} {what}")
+    return Verdict(False, f"{answer:,.6g} {too[answer > right]}")
+
+
+# --- answers that are a task ---
+
+
+def check_episode(episode: object, classes: ClassImages, spec: EpisodeSpec) -> Verdict:
+    """Judge whether a task is of that shape, drawn from those classes, with no image in both support and query.
+
+    Args:
+        episode: what the reader's sampler drew.
+        classes: where its images should come from.
+        spec: the shape it should have.
+
+    Returns:
+        A verdict that names the first thing that is wrong.
+
+    Example:
+        >>> classes = ClassImages(torch.arange(6 * 4, dtype=torch.uint8).view(6, 4, 1, 1, 1), list("abcdef"))
+        >>> from metatutor import EpisodeSampler
+        >>> spec = EpisodeSpec(n_way=3, k_shot=1, n_query=2)
+        >>> check_episode(EpisodeSampler(classes, spec).sample(2), classes, spec)
+        ✓ 2 tasks: 3 distinct classes each, 1 support and 2 query images a class, none in both.
+    """
+    if episode is None or episode is ...:
+        return Verdict(False, _NOTHING_YET)
+    if not isinstance(episode, Episode):
+        return Verdict(False, f"The answer should be an Episode, not {type(episode).__name__}.")
+    for name in ("support", "query"):
+        images, labels = getattr(episode, f"{name}_images"), getattr(episode, f"{name}_labels")
+        if (images.ndim, labels.ndim) != (5, 2) or images.shape[:2] != labels.shape:
+            shapes = f"{list(images.shape)} and {list(labels.shape)}"
+            want = f"[task, {name}, channel, height, width] and [task, {name}]"
+            return Verdict(False, f"The {name} images and labels should be {want}, but are {shapes}.")
+    find = _finder(classes)
+    for i in range(len(episode)):
+        if wrong := _wrong(episode.task(i), find, spec):
+            return Verdict(False, f"Task {i}: {wrong}.")
+    return Verdict(
+        True,
+        f"{len(episode)} task{'s' if len(episode) > 1 else ''}: {spec.n_way} distinct classes each, "
+        f"{spec.k_shot} support and {spec.n_query} query images a class, none in both.",
+    )
+
+
+def _wrong(task: Episode, find: Callable[[Tensor], tuple[int, int] | None], spec: EpisodeSpec) -> str:
+    """The first thing that is wrong with a task, or nothing."""
+    sets = {
+        "support": (task.support_images[0], task.support_labels[0].tolist(), spec.k_shot),
+        "query": (task.query_images[0], task.query_labels[0].tolist(), spec.n_query),
+    }
+    found: dict[str, list[tuple[int, int] | None]] = {}
+    pairs = set()
+    for name, (images, labels, each) in sets.items():
+        if sorted(labels) != sorted(list(range(spec.n_way)) * each):
+            return f"the {name} labels should be 0 to {spec.n_way - 1}, each {each} times, but are {labels}"
+        found[name] = [find(image) for image in images]
+        if None in found[name]:
+            return f"{name} image {found[name].index(None)} is not an image of these classes, with pixels from 0 to 1"
+        pairs |= {(label, place[0]) for label, place in zip(labels, found[name], strict=True) if place}
+    if len(pairs) > spec.n_way:
+        return "one label stands for images of several classes"
+    if len({of for _, of in pairs}) < spec.n_way:
+        return "two labels stand for the same class"
+    if both := set(found["support"]) & set(found["query"]):
+        return f"query image {min(found['query'].index(place) for place in both)} is in the support set too"
+    twice = any(len(set(places)) < len(places) for places in found.values())
+    return "an image is there twice" if twice else ""
+
+
+def _finder(classes: ClassImages) -> Callable[[Tensor], tuple[int, int] | None]:
+    """Tells class and drawing of an image, or None if it is none of the classes'."""
+    n_drawings = classes.images.shape[1]
+    pixels = classes.images.cpu().flatten(0, 1).numpy()
+    places = {image.tobytes(): divmod(i, n_drawings) for i, image in enumerate(pixels)}
+
+    def find(image: Tensor) -> tuple[int, int] | None:
+        drawn = image.mul(255).round().to(torch.uint8).cpu()
+        for turn in range(4 if classes.rotations else 1):
+            if place := places.get(drawn.rot90(-turn, (-2, -1)).numpy().tobytes()):
+                of, drawing = place
+                return (4 * of + turn, drawing) if classes.rotations else place
+        return None
+
+    return find
+
+
+# --- a game ---
+
+
+def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, seed: int = 0) -> Shown:
+    """Make a game: which of the support images is the query image; the score is kept against a rival and guessing.
+
+    Args:
+        episode: a round a task, with one query image of it; 1-shot.
+        guesses: the rival's labels of the query images.
+        rival: its name.
+        seed: which query image of each task.
+
+    Returns:
+        HTML with its script and images, which needs no kernel and no network.
+
+    Raises:
+        ValueError: if there is more than one support image of a class.
+
+    Example:
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> "nearest pixels" in game(Episode(images, labels, images, labels, n_way=5), labels, rival="nearest pixels")
+        True
+    """
+    if episode.support_images.shape[1] != episode.n_way:
+        raise ValueError(f"the game is for 1-shot tasks, got {episode.support_images.shape[1]} support images")
+    n_tasks, n_query = episode.query_labels.shape
+    chosen = torch.randint(n_query, (n_tasks,), generator=torch.Generator().manual_seed(seed)).tolist()
+    rounds: list[dict[str, Any]] = []
+    for task, query in enumerate(chosen):
+        places = episode.support_labels[task].tolist()
+        rounds.append(
+            {
+                "support": [_data_uri(image) for image in episode.support_images[task]],
+                "query": _data_uri(episode.query_images[task, query]),
+                "answer": places.index(int(episode.query_labels[task, query])),
+                "rival": places.index(int(guesses[task, query])),
+            }
+        )
+    cards = "".join(
+        f'<button type="button" disabled><img src="{picture}" alt="character {i}" width="56" height="56"></button>'
+        for i, picture in enumerate(rounds[0]["support"], 1)
+    )
+    text = json.dumps(rounds, separators=(",", ":"))
+    filled = {"cards": cards, "query": rounds[0]["query"], "ways": episode.n_way, "rounds": text}
+    return Shown(_GAME.substitute(filled, rival=escape(rival), id=f"game-{crc32(text.encode()):08x}").strip())
+
+
+def _data_uri(image: Float[Tensor, "1 h w"]) -> str:
+    """A picture of black ink on white paper, inside its own address."""
+    paper = (255 - image[0].mul(255).round()).to(torch.uint8).cpu().numpy()
+    with io.BytesIO() as file:
+        Image.fromarray(paper).quantize(16).save(file, format="PNG", optimize=True)
+        return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+_GAME = Template("""
+<style>
+#$id{max-width:32.5rem;margin:1rem 0;padding:.8rem;border:1px solid #8888;border-radius:.7rem;font-size:.95em}
+#$id p{margin:0 0 .5rem}
+#$id .five{display:grid;grid-template-columns:repeat($ways,minmax(0,1fr));gap:.4rem;margin-bottom:.8rem}
+#$id button{font:inherit;color:inherit;cursor:pointer;border-radius:.5rem}
+#$id button:disabled{cursor:default}
+#$id .five button{padding:0;background:#fff;border:3px solid #8888;position:relative;aspect-ratio:1}
+#$id .five button:not(:disabled):hover,#$id button:focus-visible{border-color:#0072B2;outline:2px solid #0072B2}
+#$id img{display:block;width:100%;height:auto;border-radius:.3rem;background:#fff;padding:0;margin:0}
+#$id .right{border-color:#009E73!important}
+#$id .wrong{border:3px dashed #D55E00!important}
+#$id .rival::after{content:"rival";position:absolute;right:0;bottom:0;padding:0 .25rem;font-size:.7rem;color:#fff;
+background:#555;border-radius:.3rem 0 .2rem}
+#$id .below{display:flex;gap:1rem;align-items:center;min-height:7.5rem}
+#$id .below img{flex:none;width:6.5rem;border:3px solid #8888}
+#$id .next{padding:.25rem .8rem;border:1px solid #0072B2;background:#0072B2;color:#fff}
+#$id table{margin:.7rem 0 0;border:0;width:100%;font-variant-numeric:tabular-nums}
+#$id :is(td,th){border:0;padding:.1rem .6rem .1rem 0;text-align:left;font-weight:inherit;background:none}
+#$id :is(td,th){white-space:nowrap}
+#$id td:last-child{width:100%}
+#$id i{display:block;height:.6rem;width:0;border-radius:.2rem;background:#0072B2;transition:width .3s}
+#$id tr+tr i{background:#D55E00}#$id tr+tr+tr i{background:#888}
+</style>
+<div id="$id" role="group" aria-label="A game: which of the characters is the new drawing?">
+<p>You see each of these characters once:</p>
+<div class="five">$cards</div>
+<div class="below"><img src="$query" alt="a new drawing of one of them" width="104" height="104">
+<div><p aria-live="polite">Which of them is this? Click it.<noscript> (The game needs JavaScript.)</noscript></p>
+<button type="button" class="next" hidden>Next task</button></div></div>
+<table><tr><th>You</th><td></td><td><i></i></td></tr><tr><th>$rival</th><td></td><td><i></i></td></tr>
+<tr><th>guessing</th><td></td><td><i></i></td></tr></table>
+</div>
+<script>
+(() => {
+const rounds = $rounds;
+const box = document.getElementById("$id"), five = [...box.querySelectorAll(".five button")];
+const query = box.querySelector(".below img"), says = box.querySelector("p[aria-live]");
+const next = box.querySelector(".next"), rows = [...box.querySelectorAll("tr")];
+let at = 0, score = [0, 0, 0];
+const show = () => {
+  const {support, query: picture} = rounds[at];
+  five.forEach((card, i) => {
+    card.className = ""; card.disabled = false; card.firstChild.src = support[i];
+  });
+  query.src = picture; next.hidden = true;
+  says.textContent = "Task " + (at + 1) + " of " + rounds.length + ". Which of them is this?";
+};
+const tally = (n) => rows.forEach((row, i) => {
+  row.cells[1].textContent = n ? (i < 2 ? score[i] : score[i].toFixed(1)) + " of " + n : "";
+  row.querySelector("i").style.width = n ? 100 * score[i] / n + "%" : 0;
+});
+const choose = (chosen) => {
+  const {answer, rival} = rounds[at], ended = at + 1 === rounds.length;
+  five.forEach((card) => { card.disabled = true; });
+  five[chosen].classList.add("wrong"); five[answer].classList.remove("wrong");
+  five[answer].classList.add("right"); five[rival].classList.add("rival");
+  score = [score[0] + (chosen === answer), score[1] + (rival === answer), score[2] + 1 / five.length];
+  tally(at + 1);
+  says.textContent = (chosen === answer ? "Yes. " : "No, it is number " + (answer + 1) + ". ")
+    + "The rival took number " + (rival + 1) + (rival === answer ? " too." : ".");
+  next.textContent = ended ? "Again from the start" : "Next task";
+  next.hidden = false; next.focus({preventScroll: true});
+};
+five.forEach((card, i) => card.addEventListener("click", () => choose(i)));
+next.addEventListener("click", () => {
+  at = (at + 1) % rounds.length;
+  if (at === 0) { score = [0, 0, 0]; tally(0); }
+  show(); five[0].focus({preventScroll: true});
+});
+show();
+})();
+</script>
+""")
