@@ -19,7 +19,7 @@ NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit notebooks book links format benchmarks stamp clean
+.PHONY: help venv test lint types unit notebooks book links format benchmarks tables stamp clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,6 +64,10 @@ format: $(INSTALLED) ## put code and notebooks into the project's format, and cl
 benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
+
+tables: ## fill the tables of README.md from results/
+	@$(NEEDS_PYTHON)
+	@"$(PYTHON)" book/_ext/readme_tables.py
 
 stamp: ## write the repository's address everywhere: make stamp URL=https://github.com/you/fork
 	@test -n "$(URL)" || { echo "say which: make stamp URL=https://github.com/you/fork" >&2; exit 1; }

@@ -31,7 +31,7 @@ FLOORS = (
     {"metric", "optimization", "memory", "baselines"},
     {"training", "evaluation", "analysis"},
     {"recording", "figures"},
-    {"cli"},
+    {"cli", "exercises"},
 )
 LEVEL = {room: level for level, floor in enumerate(FLOORS) for room in floor}
 MAY_PRINT = {"cli.py", "data/__init__.py"}  # `load_characters` says which data it found

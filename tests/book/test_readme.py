@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from readme_tables import benchmark_table, filled, results_table
 from sources import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,3 +40,9 @@ def test_every_subcommand_exists(command: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("region", ["results", "benchmarks"])
 def test_the_regions_to_fill_are_marked(region: str) -> None:
     assert len(re.findall(f"<!-- {region} -->.*?<!-- /{region} -->", README, re.DOTALL)) == 1
+
+
+def test_the_tables_show_what_results_holds() -> None:
+    tables = {"results": results_table(ROOT / "results"), "benchmarks": benchmark_table(ROOT / "results")}
+    assert filled(README, tables) == README, "run `make tables`"
+    assert filled(README, {"results": "other"}) != README
