@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.twice import EPSILON, batch_norm, conv2d
+from metatutor.twice import EPSILON, batch_norm, conv2d, max_pool2d
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
@@ -79,6 +79,8 @@ class ConvNet(nn.Module):
             raise ValueError(f"{n_blocks} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
         self.n_outputs, self.normalization = n_outputs, normalization
         self.image_shape = (in_channels, image_size, image_size)
+        first = (image_size + 1) // 2 if pooling == "stride" else image_size
+        self.largest_activation = filters * first * first  # numbers, of one image: after the first convolution
         channels = [in_channels] + [filters] * n_blocks
         self.blocks = nn.ModuleList(ConvBlock(i, o, pooling, normalization) for i, o in pairwise(channels))
         widths = [filters * size * size, *hidden]
@@ -133,7 +135,7 @@ class ConvBlock(nn.Module):
         """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""
         images = self.normalize(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
         if self.stride == 1:
-            images = F.max_pool2d(images, 2)
+            images = max_pool2d(images)
         return F.relu(images)
 
     def normalize(self, images: Tensor, n_support: int | None) -> Tensor:

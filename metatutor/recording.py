@@ -216,15 +216,43 @@ def results_folder() -> Path:
 
 
 def run_names(results: Path | None = None) -> list[str]:
-    """The names of all recorded runs, sorted."""
+    """The names of all recorded runs, sorted.
+
+    Args:
+        results: the folder to look in; default: `results_folder()`.
+
+    Returns:
+        Names such as `omniglot-maml-5w1s`.
+
+    Example:
+        >>> run_names() == sorted(run_names())
+        True
+
+    Reference:
+        The folders of `results/`.
+    """
     return sorted(path.parent.name for path in (results or results_folder()).glob("*/config.json"))
 
 
 def load_run(name: str, results: Path | None = None) -> Run:
     """Read a recorded run by its name.
 
+    Args:
+        name: of its folder, such as `omniglot-maml-5w1s`.
+        results: the folder to look in; default: `results_folder()`.
+
+    Returns:
+        Its configuration, evaluation and history; `.learner()` gives the trained learner.
+
     Raises:
         ValueError: if there is no such run, or its files are damaged.
+
+    Example:
+        >>> [load_run(name).config.n_way for name in run_names() if name == "omniglot-nearest-pixels-5w1s"]
+        [5]
+
+    Reference:
+        The folders of `results/`.
     """
     folder = run_folder(name, results)
     path = folder / "evaluation.json"

@@ -247,7 +247,7 @@ def _show(bar: tqdm, row: Row) -> None:
 def write_history(history: list[Row], path: Path) -> None:
     """Write rows of history as CSV, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, HISTORY_FIELDS)
+        writer = csv.DictWriter(file, HISTORY_FIELDS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
 

@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation whose second derivatives cost no more than they must.
+"""Convolution, batch normalisation and max-pooling whose second derivatives cost no more than they must.
 
 Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double
 backward of batch normalisation is some thirty passes over the activations, and its double backward of a
@@ -6,6 +6,9 @@ grouped convolution (what `vmap` over tasks turns a convolution into) loops over
 here say the same mathematics in as few passes as we know. They are ordinary functions of tensors: any
 module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be differentiated
 as often as you like (`batch_norm`: twice).
+
+On a CPU their results are channels last in memory, `[n, h, w, task * c]`: there batch normalisation and
+max-pooling run along the channels of all tasks at once, several times faster than along an image.
 """
 
 from __future__ import annotations
@@ -75,6 +78,38 @@ def batch_norm(
     return _Norm.apply(images, never_zero, bias)[0]
 
 
+def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
+    """The greatest of each 2×2 pixels; the first of them, where several are equal, takes the gradient.
+
+    Args:
+        images: `[n, c, h, w]`.
+
+    Returns:
+        `[n, c, h // 2, w // 2]`.
+
+    Example:
+        >>> max_pool2d(torch.tensor([[1.0, 2.0], [4.0, 3.0]]).view(1, 1, 2, 2)).item()
+        4.0
+
+    Reference:
+        Vinyals et al. (2016), section 4.1.1.
+    """
+    return _Pool.apply(images)[0]
+
+
+def _laid_out(images: Tensor) -> Tensor:
+    """The same `[n, c, h, w]`, on a CPU channels last in memory; no copy if it is already."""
+    if images.device.type != "cpu":
+        return images
+    return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
+def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """A tensor of which only shape and layout are read; its memory is never touched."""
+    layout = torch.channels_last if like.device.type == "cpu" else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def _into_channels(images: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
     """`[task, n, c, h, w]` -> `[n, task * c, h, w]`: each task a group of channels."""
     images = images.unsqueeze(1).expand(-1, n_tasks, -1, -1, -1) if task_dim is None else images.movedim(task_dim, 1)
@@ -95,13 +130,18 @@ Geometry = tuple[int, int, int]  # stride, padding, groups
 def _conv_backward(out: Tensor, images: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]) -> Any:
     stride, padding, groups = geometry
     return torch.ops.aten.convolution_backward(
-        out, images, weight, [0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, mask
+        _laid_out(out),
+        _laid_out(images),
+        _laid_out(weight),
+        [0],
+        [stride] * 2,
+        [padding] * 2,
+        [1, 1],
+        False,
+        [0, 0],
+        groups,
+        mask,
     )
-
-
-def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of which only the shape is read."""
-    return like.new_empty(1).expand(shape)
 
 
 class _Conv(Function):
@@ -110,7 +150,7 @@ class _Conv(Function):
     @staticmethod
     def forward(images: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
         stride, padding, groups = geometry
-        return F.conv2d(images, weight, None, stride, padding, 1, groups)
+        return _laid_out(F.conv2d(_laid_out(images), _laid_out(weight), None, stride, padding, 1, groups))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -131,7 +171,7 @@ class _Conv(Function):
     def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, geometry: Geometry) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         n_tasks, (stride, padding, _) = info.batch_size, geometry
         images = _into_channels(images, in_dims[0], n_tasks)
-        weight = _into_rows(weight, in_dims[1], n_tasks)
+        weight = _laid_out(_into_rows(weight, in_dims[1], n_tasks))
         return _Conv.apply(images, weight, (stride, padding, n_tasks)).unflatten(1, (n_tasks, -1)), 1
 
 
@@ -195,7 +235,7 @@ class _Norm(Function):
 
     @staticmethod
     def forward(images: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return torch.native_batch_norm(images, weight, bias, None, None, True, 0.0, EPSILON)
+        return torch.native_batch_norm(_laid_out(images), weight, bias, None, None, True, 0.0, EPSILON)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -232,7 +272,9 @@ class _NormBackward(Function):
 
     @staticmethod
     def forward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Any:
-        return _norm_backward(out, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, True])
+        return _norm_backward(
+            _laid_out(out), _laid_out(images), weight, None, None, mean, rstd, True, EPSILON, [True, True, True]
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -266,7 +308,7 @@ class _NormTwice(Function):
     ) -> Any:
         n = images.numel() // images.shape[1]
         d_out, a, _ = _norm_backward(
-            u, images, weight, None, None, mean, rstd, True, EPSILON, [True, True, False]
+            _laid_out(u), images, weight, None, None, mean, rstd, True, EPSILON, [True, True, False]
         )  # a = sum(u * x̂)
         zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
         along = _norm_backward(u, g, one, None, None, zero, one, True, EPSILON, [False, True, False])[1]  # sum(u * g)
@@ -283,6 +325,35 @@ class _NormTwice(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("twice.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
+
+
+# --- max-pooling ---------------------------------------------------------------------------------------------
+
+
+class _Pool(Function):
+    """The greatest of each 2×2 pixels, and where it was."""
+
+    @staticmethod
+    def forward(images: Tensor) -> Any:
+        return torch.ops.aten.max_pool2d_with_indices(_laid_out(images), [2, 2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.shape, where = inputs[0].shape, output[1]
+        ctx.mark_non_differentiable(where)
+        ctx.save_for_backward(where)
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        images, (where,) = _of_shape(ctx.shape, out), ctx.saved_tensors
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            _laid_out(out), images, [2, 2], [2, 2], [0, 0], [1, 1], False, where
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pooled = _Pool.apply(_into_channels(images, in_dims[0], info.batch_size))
+        return tuple(t.unflatten(1, (info.batch_size, -1)) for t in pooled), (1, 1)
 
 
 def _wide(channels: Tensor) -> Tensor:

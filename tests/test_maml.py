@@ -269,6 +269,21 @@ def test_chunks_change_nothing(random_episode: Episodes, tasks_per_chunk: int, f
         assert close(chunked.meta_loss(episode), whole.meta_loss(episode))
 
 
+@pytest.mark.parametrize(("queries", "fit"), [(1, [32]), (15, [8, 8, 8, 8]), (15 * 200, [1] * 32)])
+def test_chunks_by_default_keep_activations_small(queries: int, fit: list[int]):
+    labels = torch.zeros(32, 5, dtype=torch.long)
+    images = torch.zeros(32, 1, 1, 28, 28)
+    episode = Episode(
+        images.expand(-1, 5, -1, -1, -1),
+        labels,
+        images.expand(-1, 5 * queries, -1, -1, -1),
+        labels.repeat(1, queries),
+        n_way=5,
+    )
+    learner = MAML(ConvNet(5, pooling="max"))
+    assert [len(chunk) for chunk in learner._chunks(episode)] == fit
+
+
 def test_a_chunked_meta_loss_is_part_of_a_larger_one(random_episode: Episodes):
     """Its gradient is scaled, and adds to what other terms give, as any loss's."""
     episode = random_episode()

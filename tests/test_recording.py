@@ -156,14 +156,17 @@ def test_damaged_or_missing_weights_are_refused(recorded: tuple[Path, Evaluation
 
 
 def test_too_many_ways_fail_before_the_training(tmp_path: Path) -> None:
-    for wrong, message in (
-        (replace(TINY, n_way=20_000), "exceeds the .* classes"),
-        (replace(TINY, k_shot=19, n_query=1), r"k_shot \+ n_query = 22 exceeds the 20 drawings"),
-        (replace(TINY, n_way=0), "n_way must be a positive integer"),
+    for case, (wrong, message) in enumerate(
+        (
+            (replace(TINY, n_way=20_000), "exceeds the .* classes"),
+            (replace(TINY, k_shot=19, n_query=1), r"k_shot \+ n_query = 22 exceeds the 20 drawings"),
+            (replace(TINY, n_way=0), "n_way must be a positive integer"),
+        )
     ):
+        folder = tmp_path / str(case)
         with pytest.raises(ValueError, match=message):
-            run_training(wrong, tmp_path / "wrong", device="cpu", progress_bar=False)
-        assert not (tmp_path / "wrong" / "checkpoint.pt").exists()
+            run_training(wrong, folder, device="cpu", progress_bar=False)
+        assert not (folder / "checkpoint.pt").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The convolution and the batch normalisation that may be differentiated twice, against PyTorch's own."""
+"""The convolution, batch normalisation and max-pooling that may be differentiated twice, against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -202,6 +202,25 @@ def test_a_task_dimension_that_is_not_the_first():
     )
 
 
+@pytest.mark.parametrize("size", [(4, 4), (5, 7), (2, 3)])
+def test_max_pooling_is_pytorchs(size: tuple[int, int]):
+    images = leaf(3, 2, *size)
+    assert agree(lambda x: twice.max_pool2d(x).square(), lambda x: F.max_pool2d(x, 2).square(), [images], orders=2)
+    tasks = leaf(4, 3, 2, *size)
+    assert agree(
+        vmap(lambda x: twice.max_pool2d(x).square()),
+        lambda x: F.max_pool2d(x.flatten(0, 1), 2).square().unflatten(0, (4, 3)),
+        [tasks],
+        orders=2,
+    )
+
+
+def test_the_first_of_equal_pixels_takes_the_gradient():
+    images = torch.ones(1, 1, 2, 2, requires_grad=True)
+    assert grad(twice.max_pool2d(images).sum(), images)[0].flatten().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("orders", [1, 2])
 def test_gradients_taken_inside_vmap(orders: int):
     """`vmap(grad(...))`, as a reader would write it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from metatutor.episodes import Episode
 from metatutor.learner import Learner
 
 Parameters = dict[str, Tensor]
+_CHUNK_BYTES = 128 * 2**20  # measured with benchmarks/maml_step.py
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ class MAML(Learner):
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         first_order: leave the second derivatives out.
         adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
-        tasks_per_chunk: tasks adapted side by side; default: all of an episode.
+        tasks_per_chunk: tasks adapted side by side; default: on a GPU all of an episode, on a CPU as many as keep
+            the largest activation within 128 MiB. A matter of speed and memory, not of the result.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
@@ -206,8 +209,17 @@ class MAML(Learner):
         return functional_call(self.network, parameters, (images,))
 
     def _chunks(self, episode: Episode) -> Iterator[Episode]:
-        size = self.tasks_per_chunk or len(episode)
+        size = self.tasks_per_chunk or self._tasks_that_fit(episode)
         return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
+
+    def _tasks_that_fit(self, episode: Episode) -> int:
+        """Chunks as equal as can be, and as few: larger ones would cost more in page faults than they save."""
+        if episode.query_images.device.type != "cpu":
+            return len(episode)
+        n_images = episode.support_images.shape[1] + episode.query_images.shape[1]
+        bytes_a_task = n_images * self.network.largest_activation * episode.query_images.element_size()
+        n_chunks = math.ceil(len(episode) * bytes_a_task / _CHUNK_BYTES)
+        return math.ceil(len(episode) / min(n_chunks, len(episode)))
 
     def _check(self, episode: Episode) -> None:
         if episode.n_way != self.network.n_outputs:
