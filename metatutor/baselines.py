@@ -17,14 +17,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 from torch.optim import Optimizer
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
-from metatutor.learner import Learner
+from metatutor.learner import Learner, NetworkLearner, Parameters
 
-Parameters = dict[str, Tensor]
 Descent = Callable[[list[Tensor]], Optimizer]
 
 
@@ -155,22 +153,6 @@ class NearestPixelsConfig:
 # --- what the networks share ---
 
 
-class _NetworkLearner(Learner):
-    """A learner whose normalisation is that of its network."""
-
-    network: ConvNet
-
-    @property
-    def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether queries are normalised together, so that one may change another's logits."""
-        return self.network.transductive
-
-    @property
-    def normalization(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The network's normalisation policy."""
-        return self.network.normalization
-
-
 class _Untrained:
     """The part of a learner that knows nothing before it sees a task."""
 
@@ -187,7 +169,7 @@ class _Untrained:
 
 
 def _descend(
-    network: ConvNet, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, prefix: str = ""
+    learner: NetworkLearner, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, prefix: str = ""
 ) -> Parameters:
     """Every task's parameters after `steps` of gradient descent on its support set; those with another `prefix` stay.
 
@@ -195,33 +177,18 @@ def _descend(
     """
     parameters = {name: p.detach().clone().requires_grad_(name.startswith(prefix)) for name, p in initial.items()}
     descent = optimizer([p for p in parameters.values() if p.requires_grad])
-
-    def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(network, of_task, (images,)), labels)
-
     with torch.enable_grad():
         for _ in range(steps):
             descent.zero_grad()
-            vmap(loss)(parameters, episode.support_images, episode.support_labels).sum().backward()
+            learner.support_losses(episode, parameters).sum().backward()
             descent.step()
     return {name: p.detach() for name, p in parameters.items()}
-
-
-def _answer(network: ConvNet, parameters: Parameters, episode: Episode) -> Float[Tensor, "task query way"]:
-    """Logits of the query images under each task's own parameters, normalised as in `MAML`."""
-
-    def logits(of_task: Parameters, support: Tensor, query: Tensor) -> Tensor:
-        if network.normalization != "support":
-            return functional_call(network, of_task, (query,))
-        return functional_call(network, of_task, (torch.cat([support, query]), len(support)))[len(support) :]
-
-    return vmap(logits)(parameters, episode.support_images, episode.query_images)
 
 
 # --- from scratch ---
 
 
-class Scratch(_Untrained, _NetworkLearner):
+class Scratch(_Untrained, NetworkLearner):
     """Trains a new, randomly initialised network on each support set, then answers with it.
 
     The initial parameters are drawn anew for each task, by the network's own law, from `seed` and the support images:
@@ -256,13 +223,13 @@ class Scratch(_Untrained, _NetworkLearner):
         lr: float = ScratchConfig.lr,
         seed: int = ScratchConfig.seed,
     ) -> None:
-        super().__init__()
-        self.config = ScratchConfig("scratch", steps, lr, seed)
+        super(NetworkLearner, self).__init__()
         object.__setattr__(self, "network", network)  # not as a submodule: its parameters are never used
+        self.config = ScratchConfig("scratch", steps, lr, seed)
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Train on each support set, then answer the query images."""
-        return _answer(self.network, self.adapt(episode), episode)
+        return self.query_logits(episode, self.adapt(episode))
 
     def adapt(self, episode: Episode) -> Parameters:
         """The trained parameters of every task, `[task, ...]` by name; only the support set is read."""
@@ -272,7 +239,7 @@ class Scratch(_Untrained, _NetworkLearner):
                 f"build ConvNet(n_outputs={episode.n_way})"
             )
         optimizer = partial(torch.optim.Adam, lr=self.config.lr)
-        return _descend(self.network, self.initial_parameters(episode), episode, self.config.steps, optimizer)
+        return _descend(self, self.initial_parameters(episode), episode, self.config.steps, optimizer)
 
     def initial_parameters(self, episode: Episode) -> Parameters:
         """The random parameters that every task starts from, `[task, ...]` by name."""
@@ -346,12 +313,8 @@ class ClassificationSampler:
         return Episode(images[:, :0], labels[:, :0], images, labels, n_way)
 
 
-class _Pretrained(_NetworkLearner):
+class _Pretrained(NetworkLearner):
     """Answers an episode without support with the classifier itself: which is how it is pretrained."""
-
-    def __init__(self, network: ConvNet) -> None:
-        super().__init__()
-        self.network = network
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Learn from the support set, then answer the query images; without support, tell the pretraining classes."""
@@ -434,7 +397,7 @@ class PretrainedFinetuned(_Pretrained):
 
     def answer(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Fine-tune on each support set, then answer the query images."""
-        return _answer(self.network, self.adapt(episode), episode)
+        return self.query_logits(episode, self.adapt(episode))
 
     def adapt(self, episode: Episode) -> Parameters:
         """The fine-tuned parameters of every task, `[task, ...]` by name; only the support set is read."""
@@ -444,7 +407,7 @@ class PretrainedFinetuned(_Pretrained):
         of_tasks = {name: p.expand(len(episode), *p.shape) for name, p in initial.items()}
         prefix = "head." if self.config.adapt == "head" else ""
         optimizer = partial(torch.optim.SGD, lr=self.config.lr, momentum=0.9)
-        return _descend(self.network, of_tasks, episode, self.config.steps, optimizer, prefix)
+        return _descend(self, of_tasks, episode, self.config.steps, optimizer, prefix)
 
 
 class PretrainedCosine(_Pretrained):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call, vmap
 
+from metatutor.backbones import ConvNet
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+
+Parameters = dict[str, Tensor]
 
 
 class Learner(nn.Module, ABC):
@@ -52,3 +57,58 @@ class Learner(nn.Module, ABC):
 
     def finish(self) -> None:
         """Drop what only the outer loop needed, before the parameters are recorded: nothing, as a rule."""
+
+
+class NetworkLearner(Learner):
+    """A learner of one network, of which each task may have its own parameters, `[task, ...]` by name.
+
+    Args:
+        network: maps images and `n_support` to logits; its normalisation policy is the learner's.
+
+    Example:
+        >>> class OneForAll(NetworkLearner):
+        ...     def forward(self, episode):
+        ...         everyones = {n: p.expand(len(episode), *p.shape) for n, p in self.network.named_parameters()}
+        ...         return self.query_logits(episode, everyones)
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> OneForAll(ConvNet(5, filters=4))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 3.1.
+    """
+
+    network: ConvNet
+
+    def __init__(self, network: ConvNet) -> None:
+        super().__init__()
+        self.network = network
+
+    @property
+    def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether queries are normalised together, so that one may change another's logits."""
+        return self.network.transductive
+
+    @property
+    def normalization(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The network's normalisation policy."""
+        return self.network.normalization
+
+    def support_losses(self, episode: Episode, parameters: Parameters) -> Float[Tensor, " task"]:
+        """Each task's mean cross-entropy over its support set: what gradient descent on a task descends."""
+
+        def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(functional_call(self.network, of_task, (images,)), labels)
+
+        return vmap(loss)(parameters, episode.support_images, episode.support_labels)
+
+    def query_logits(self, episode: Episode, parameters: Parameters) -> Float[Tensor, "task query way"]:
+        """The logits of the query images; support images are seen only by the `"support"` normalisation."""
+
+        def logits(of_task: Parameters, support: Tensor, query: Tensor) -> Tensor:
+            if self.network.normalization != "support":
+                return functional_call(self.network, of_task, (query,))
+            images = torch.cat([support, query])
+            return functional_call(self.network, of_task, (images, len(support)))[len(support) :]
+
+        return vmap(logits)(parameters, episode.support_images, episode.query_images)

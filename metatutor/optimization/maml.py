@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import functional_call, vmap
 
 from metatutor.allocator import keep_freed_memory_once
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
-from metatutor.learner import Learner
+from metatutor.learner import NetworkLearner, Parameters
 
-Parameters = dict[str, Tensor]
 _CHUNK_BYTES = 128 * 2**20  # measured with benchmarks/maml_step.py
 
 
@@ -62,7 +59,7 @@ class MAMLConfig:
         return MAML(network, **arguments)
 
 
-class MAML(Learner):
+class MAML(NetworkLearner):
     """Adapts a network to each task by gradient descent on its support set, from parameters made for that.
 
     Inner loop, for each task: `adapted = initial - inner_lr * grad(support_loss)(initial)`, `inner_steps` times.
@@ -108,27 +105,17 @@ class MAML(Learner):
         adapt: Literal["all", "head"] = MAMLConfig.adapt,
         tasks_per_chunk: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(network)
         if tasks_per_chunk is not None and tasks_per_chunk < 1:
             raise ValueError(f"tasks_per_chunk must be positive, got {tasks_per_chunk}")
         self.config = MAMLConfig("maml", inner_lr, inner_steps, test_inner_steps, first_order, adapt)
-        self.network, self.tasks_per_chunk = network, tasks_per_chunk
+        self.tasks_per_chunk = tasks_per_chunk
         keep_freed_memory_once()
-
-    @property
-    def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether queries are normalised together, so that one may change another's logits."""
-        return self.network.transductive
-
-    @property
-    def normalization(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The network's normalisation policy."""
-        return self.network.normalization
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Adapt to each support set, then answer the query images."""
         chunks = self._chunks(episode)
-        return torch.cat([self._answer(chunk, self.adapt(chunk)) for chunk in chunks])
+        return torch.cat([self.query_logits(chunk, self.adapt(chunk)) for chunk in chunks])
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean cross-entropy of the query images after adaptation.
@@ -188,25 +175,6 @@ class MAML(Learner):
         if not meta_training:
             moved = {n: p.detach().requires_grad_() for n, p in moved.items()}
         return parameters | moved
-
-    def support_losses(self, episode: Episode, parameters: Parameters) -> Float[Tensor, " task"]:
-        """What the inner loop descends: each task's mean cross-entropy over its support set."""
-
-        def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(self.network, of_task, (images,)), labels)
-
-        return vmap(loss)(parameters, episode.support_images, episode.support_labels)
-
-    def _answer(self, episode: Episode, parameters: Parameters) -> Float[Tensor, "task query way"]:
-        n_support = episode.support_images.shape[1]
-        if self.network.normalization != "support":
-            return vmap(self._logits)(parameters, episode.query_images)
-        images = torch.cat([episode.support_images, episode.query_images], dim=1)
-        logits = vmap(lambda p, x: functional_call(self.network, p, (x, n_support)))(parameters, images)
-        return logits[:, n_support:]
-
-    def _logits(self, parameters: Parameters, images: Tensor) -> Tensor:
-        return functional_call(self.network, parameters, (images,))
 
     def _chunks(self, episode: Episode) -> Iterator[Episode]:
         size = self.tasks_per_chunk or self._tasks_that_fit(episode)
