@@ -27,7 +27,16 @@ from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, accuracies, evaluate
 from metatutor.learner import Learner
 from metatutor.optimization import MAMLConfig
-from metatutor.training import Row, TrainConfig, load_parameters, read_history, replacing, train, write_history
+from metatutor.training import (
+    Row,
+    TrainConfig,
+    check_device,
+    load_parameters,
+    read_history,
+    replacing,
+    train,
+    write_history,
+)
 
 LearnerConfig = Annotated[
     MAMLConfig | ScratchConfig | PretrainedFinetunedConfig | PretrainedCosineConfig | NearestPixelsConfig,
@@ -374,6 +383,7 @@ def run_training(
     Raises:
         ValueError: if the folder holds another configuration, or the data do not fit it.
     """
+    check_device(device)
     _claim(folder, config)
     splits = config.data.load(data)
     EpisodeSampler(splits.test, config.test_spec)  # fails before the training, not after it

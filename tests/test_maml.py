@@ -65,7 +65,7 @@ class ThreeWeights(ConvNet):
 
     def __init__(self, weights: list[float]) -> None:
         nn.Module.__init__(self)
-        self.n_outputs, self.normalization, self.largest_activation = 2, "group", 1
+        self.n_outputs, self.normalization = 2, "group"
         self.weights = nn.Parameter(torch.tensor(weights, dtype=torch.float64))
 
     def forward(self, images: Tensor, n_support: int | None = None) -> Tensor:

@@ -450,6 +450,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, draw: int):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     learner, whole = Line(), Line()
     history, expected = fit(learner, folder=tmp_path), fit(whole)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same_weights(learner, whole)
     assert without_seconds(history) == without_seconds(expected)
 

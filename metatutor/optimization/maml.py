@@ -185,9 +185,9 @@ class MAML(NetworkLearner):
         if episode.query_images.device.type != "cpu":
             return len(episode)
         n_images = episode.support_images.shape[1] + episode.query_images.shape[1]
-        bytes_a_task = n_images * self.network.largest_activation * episode.query_images.element_size()
-        n_chunks = math.ceil(len(episode) * bytes_a_task / _CHUNK_BYTES)
-        return math.ceil(len(episode) / min(n_chunks, len(episode)))
+        largest = getattr(self.network, "largest_activation", 0)  # other modules than ConvNet need not say
+        n_chunks = math.ceil(len(episode) * n_images * largest * episode.query_images.element_size() / _CHUNK_BYTES)
+        return math.ceil(len(episode) / max(1, min(n_chunks, len(episode))))
 
     def _check(self, episode: Episode) -> None:
         if episode.n_way != self.network.n_outputs:
