@@ -101,6 +101,7 @@ class NetworkConfig:
     pooling: Pooling = "stride"
     hidden: tuple[int, ...] = ()
     normalization: Normalization = "batch"
+    zero_head: bool = False
 
     def build(self, n_outputs: int) -> ConvNet:
         """The network with this many logits."""

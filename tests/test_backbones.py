@@ -69,6 +69,13 @@ def test_parameters_of_the_papers_networks():
     assert n_parameters(ConvNet(20)) == blocks + (256 * 20 + 20)
 
 
+def test_a_zero_head_begins_without_preferring_any_class():
+    network = ConvNet(5, filters=8, zero_head=True)
+    images = torch.rand(3, 1, 28, 28)
+    assert network.embed(images).abs().sum() > 0
+    assert network(images).abs().sum() == 0 < ConvNet(5, filters=8)(images).abs().sum()
+
+
 def test_parameters_of_the_articles_network():
     """Four convolutional and two fully connected layers."""
     network = ConvNet(5, hidden=(64,))
