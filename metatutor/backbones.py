@@ -21,7 +21,7 @@ Pooling = Literal["stride", "max"]
 class ConvNet(nn.Module):
     """Blocks of convolution, normalisation and ReLU, each halving the image, then fully connected layers.
 
-    With its defaults this is the Conv-4 of the MAML paper's Omniglot experiment; `hidden=(64,)` gives the
+    With its defaults this is the Conv-4 of the MAML paper's Omniglot experiment; `hidden=(256,)` gives the
     article's network of four convolutional and two fully connected layers; `pooling="max"` gives the Conv-4
     of Matching and Prototypical Networks.
 
