@@ -38,6 +38,7 @@ class ConvNet(nn.Module):
         n_outputs: logits at the end; the ways of a task.
         filters: channels of every convolution.
         n_blocks: convolutional blocks.
+        n_halving: how many of them, the first ones, halve their image; default: all.
         pooling: how a block halves its image: `"stride"` (a strided convolution) or `"max"` (2×2 max-pooling).
         hidden: widths of fully connected layers before the last one.
         normalization: `"batch"`, `"support"` or `"group"`.
@@ -65,6 +66,7 @@ class ConvNet(nn.Module):
         *,
         filters: int = 64,
         n_blocks: int = 4,
+        n_halving: int | None = None,
         pooling: Pooling = "stride",
         hidden: Sequence[int] = (),
         normalization: Normalization = "batch",
@@ -76,17 +78,23 @@ class ConvNet(nn.Module):
         _check_options(pooling, normalization)
         _check_sizes(n_outputs=n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels)
         _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
-        size = image_size
-        for _ in range(n_blocks):
+        size, halving = image_size, n_blocks if n_halving is None else n_halving
+        if not 0 <= halving <= n_blocks:
+            raise ValueError(f"n_halving must be from 0 to n_blocks = {n_blocks}, got {halving}")
+        for _ in range(halving):
             size = (size + 1) // 2 if pooling == "stride" else size // 2
         if size < 1:
-            raise ValueError(f"{n_blocks} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
+            raise ValueError(f"{halving} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
         self.n_outputs, self.normalization = n_outputs, normalization
         self.image_shape = (in_channels, image_size, image_size)
-        first = (image_size + 1) // 2 if pooling == "stride" else image_size
+        first = (image_size + 1) // 2 if pooling == "stride" and halving else image_size
         self.largest_activation = filters * first * first  # numbers, of one image: after the first convolution
         channels = [in_channels] + [filters] * n_blocks
-        self.blocks = nn.ModuleList(ConvBlock(i, o, pooling, normalization) for i, o in pairwise(channels))
+        self.blocks = nn.ModuleList(
+            ConvBlock(i, o, pooling if n < halving else None, normalization)
+            for n, (i, o) in enumerate(pairwise(channels))
+        )
+        self.feature_shape = (filters, size, size)
         widths = [filters * size * size, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.head = nn.Linear(widths[-1], n_outputs)
@@ -104,13 +112,19 @@ class ConvNet(nn.Module):
         """Whether the logits of one image may depend on the other images that are not support."""
         return self.normalization == "batch"
 
+    def features(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n filter h w"]:
+        """What leaves the last convolutional block."""
+        for block in self.blocks:
+            images = block(images, n_support)
+        return images
+
     def embed(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n embedding"]:
         """What enters the last fully connected layer."""
-        for block in self.blocks:
-            images = block(images, n_support)
-        embedding = images.flatten(1)
+        embedding = self.features(images, n_support).flatten(1)
         for layer in self.hidden:
             embedding = F.relu(layer(embedding))
         return embedding
@@ -129,19 +143,21 @@ class ConvBlock(nn.Module):
     The convolution has no bias, since the normalisation that follows would take it away again.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, pooling: Pooling, normalization: Normalization) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, pooling: Pooling | None, normalization: Normalization
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as in torch.nn.Conv2d
         self.scale = nn.Parameter(torch.ones(out_channels))
         self.shift = nn.Parameter(torch.zeros(out_channels))
-        self.stride = 2 if pooling == "stride" else 1
+        self.stride, self.pools = 2 if pooling == "stride" else 1, pooling == "max"
         self.normalization = normalization
 
     def forward(self, images: Tensor, n_support: int | None) -> Tensor:
         """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""
         images = self.normalize(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
-        if self.stride == 1:
+        if self.pools:
             images = max_pool2d(images)
         return F.relu(images)
 

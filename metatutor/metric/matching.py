@@ -1,0 +1,150 @@
+"""Matching Networks: attention over the support set; every support image votes for its class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from metatutor.backbones import ConvNet
+from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning
+
+
+@dataclass(frozen=True)
+class MatchingConfig:
+    """The arguments of `Matching`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        full_context: see `Matching`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> MatchingConfig(full_context=True).build(ConvNet(1, filters=8)).config.reading_steps
+        5
+
+    Reference:
+        Vinyals et al. (2016).
+    """
+
+    method: Literal["matching"] = "matching"
+    scale: float = 1.0
+    full_context: bool = False
+    reading_steps: int = 5
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
+        if self.reading_steps < 1:
+            raise ValueError(f"reading_steps must be positive, got {self.reading_steps}")
+        check_finetuning(self.finetune_steps, self.finetune_lr)
+
+    def build(self, network: ConvNet) -> Matching:
+        """The learner with these arguments."""
+        arguments = {name: value for name, value in vars(self).items() if name != "method"}
+        return Matching(network, **arguments)
+
+
+class Matching(MetricLearner):
+    """Answers with the labels of the support images, weighted by attention.
+
+    `P(c | query) = sum of a(query, x) over the support images x of class c`, where the attention
+    `a = softmax over the support set of scale * cosine(f(query), g(x))`; the logits are `log P`.
+
+    Without full context, `f = g` is the network. With it, both see the support set as a whole: a bidirectional LSTM
+    runs over the support embeddings (so their order matters), and an LSTM reads the outcome `reading_steps` times
+    with the query in mind.
+
+    Args:
+        network: the embedding; its last layer is not used.
+        scale: of the cosines. The paper has 1, which leaves even a perfect match unsure of itself.
+        full_context: whether to use full-context embeddings.
+        reading_steps: of the LSTM that embeds a query with full context.
+        finetune_steps: see `MetricLearner`.
+        finetune_lr: see `MetricLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import Episode
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> learner = Matching(ConvNet(1, filters=8), full_context=True)
+        >>> learner(Episode(images, labels, images, labels, n_way=5)).exp().sum(-1).allclose(torch.ones(2, 5))
+        True
+
+    Reference:
+        Vinyals et al. (2016), equations 1 and 2; full context: section 2.1.2 and appendix A, equations 3 to 7.
+    """
+
+    def __init__(
+        self,
+        network: ConvNet,
+        *,
+        scale: float = MatchingConfig.scale,
+        full_context: bool = MatchingConfig.full_context,
+        reading_steps: int = MatchingConfig.reading_steps,
+        finetune_steps: int = MatchingConfig.finetune_steps,
+        finetune_lr: float = MatchingConfig.finetune_lr,
+    ) -> None:
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = MatchingConfig("matching", scale, full_context, reading_steps, finetune_steps, finetune_lr)
+        size = network.embedding_size
+        self.context = FullContext(size, reading_steps) if full_context else None
+
+    def task_logits(
+        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+    ) -> Float[Tensor, "query way"]:
+        """The logarithm of each class's share of the attention."""
+        support, query = self.embed(support_images, query_images)
+        if self.context is not None:
+            support, query = self.context(support, query)
+        cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
+        return attend(self.config.scale * cosines, support_labels, n_way)
+
+
+class FullContext(nn.Module):
+    """Embeddings of support and query images that know the whole support set.
+
+    `g(x) = forward h + backward h + g'(x)` from a bidirectional LSTM over the support embeddings `g'(x)`. A query starts
+    from `h = f'(query)` and reads `reading_steps` times: `read = sum of softmax(h · g(x)) g(x)`, then one step of an LSTM
+    whose input is `f'(query)` and whose state is `[h, read]`, and `h` becomes its output plus `f'(query)`.
+    """
+
+    def __init__(self, size: int, reading_steps: int) -> None:
+        super().__init__()
+        self.reading_steps = reading_steps
+        self.over_support = nn.LSTM(size, size, bidirectional=True)
+        self.gates = nn.Linear(3 * size, 4 * size)
+
+    def forward(
+        self, support: Float[Tensor, "support embedding"], query: Float[Tensor, "query embedding"]
+    ) -> tuple[Float[Tensor, "support embedding"], Float[Tensor, "query embedding"]]:
+        """`g(x)` of all support images and `f(query)` of all query images."""
+        forward, backward = self.over_support(support)[0].chunk(2, dim=-1)
+        support = forward + backward + support
+        h, cell = query, torch.zeros_like(query)
+        for _ in range(self.reading_steps):
+            read = (h @ support.mT).softmax(-1) @ support
+            gates = self.gates(torch.cat([query, h, read], dim=-1))
+            enter, keep, show, new = gates.chunk(4, dim=-1)
+            cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+            h = show.sigmoid() * cell.tanh() + query
+        return support, h
+
+
+def attend(
+    scores: Float[Tensor, "query support"], labels: Int[Tensor, " support"], n_way: int
+) -> Float[Tensor, "query way"]:
+    """The logarithm of the attention that each class receives: `log sum of softmax(scores)` over its members."""
+    others = labels != torch.arange(n_way, device=labels.device)[:, None]  # [way, support]
+    of_class = scores.log_softmax(-1)[:, None].masked_fill(others, -torch.inf)  # [query, way, support]
+    return of_class.logsumexp(-1)

@@ -1,0 +1,110 @@
+"""Prototypical Networks: a class is the mean of its embeddings; the nearest mean wins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from metatutor.backbones import ConvNet
+from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning, class_means
+
+Distance = Literal["squared", "euclidean", "cosine"]
+
+
+@dataclass(frozen=True)
+class PrototypicalConfig:
+    """The arguments of `Prototypical`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        distance: see `Prototypical`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> PrototypicalConfig().build(ConvNet(1, filters=8)).config.distance
+        'squared'
+
+    Reference:
+        Snell, Swersky & Zemel (2017).
+    """
+
+    method: Literal["prototypical"] = "prototypical"
+    distance: Distance = "squared"
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.distance not in ("squared", "euclidean", "cosine"):
+            raise ValueError(f"distance must be 'squared', 'euclidean' or 'cosine', got {self.distance!r}")
+        check_finetuning(self.finetune_steps, self.finetune_lr)
+
+    def build(self, network: ConvNet) -> Prototypical:
+        """The learner with these arguments."""
+        return Prototypical(
+            network, distance=self.distance, finetune_steps=self.finetune_steps, finetune_lr=self.finetune_lr
+        )
+
+
+class Prototypical(MetricLearner):
+    """Answers with the class whose prototype, the mean of its support embeddings, is nearest.
+
+    `prototype[c] = mean of f(x) over the support images x of class c`, `logits[c] = -|f(query) - prototype[c]|²`.
+
+    The square matters: with it the logits are linear in `f(query)` up to a term that all classes share, and the method
+    is the linear classifier that fits Gaussian classes of equal spread. `"euclidean"` leaves the square out,
+    `"cosine"` compares directions; both are here to show the difference.
+
+    Args:
+        network: the embedding `f`; its last layer is not used.
+        distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
+        finetune_steps: see `MetricLearner`.
+        finetune_lr: see `MetricLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> import torch
+        >>> from metatutor import Episode
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> Prototypical(ConvNet(1, filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Snell, Swersky & Zemel (2017), equations 1, 2 and 8.
+    """
+
+    def __init__(
+        self,
+        network: ConvNet,
+        *,
+        distance: Distance = PrototypicalConfig.distance,
+        finetune_steps: int = PrototypicalConfig.finetune_steps,
+        finetune_lr: float = PrototypicalConfig.finetune_lr,
+    ) -> None:
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = PrototypicalConfig("prototypical", distance, finetune_steps, finetune_lr)
+
+    def task_logits(
+        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+    ) -> Float[Tensor, "query way"]:
+        """Minus the distance of each query image to each prototype."""
+        support, query = self.embed(support_images, query_images)
+        prototypes = class_means(support, support_labels, n_way)
+        return similarity(query, prototypes, self.config.distance)
+
+
+def similarity(
+    query: Float[Tensor, "query embedding"], prototypes: Float[Tensor, "way embedding"], distance: Distance
+) -> Float[Tensor, "query way"]:
+    """Minus the distance of every pair, or ten times its cosine."""
+    if distance == "cosine":
+        return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT
+    squared = (query[:, None] - prototypes).pow(2).sum(-1)
+    return -squared if distance == "squared" else -(squared + 1e-12).sqrt()

@@ -1,0 +1,105 @@
+"""Siamese networks: learn to say whether two pictures show the same class; then match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.backbones import ConvNet
+from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning
+
+
+@dataclass(frozen=True)
+class SiameseConfig:
+    """The arguments of `Siamese`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        finetune_steps: see `Siamese`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> SiameseConfig().build(ConvNet(1, filters=8)).config.method
+        'siamese'
+
+    Reference:
+        Koch, Zemel & Salakhutdinov (2015).
+    """
+
+    method: Literal["siamese"] = "siamese"
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_finetuning(self.finetune_steps, self.finetune_lr)
+
+    def build(self, network: ConvNet) -> Siamese:
+        """The learner with these arguments."""
+        return Siamese(network, finetune_steps=self.finetune_steps, finetune_lr=self.finetune_lr)
+
+
+class Siamese(MetricLearner):
+    """Learns whether two images show the same class, and answers with the class of the best match.
+
+    `P(same | x, y) = sigmoid(sum over j of weight[j] |f(x)[j] - f(y)[j]| + bias)`. Training sees pairs, not classes: every
+    query image with every support image, and the mean binary cross-entropy in which equal and unequal pairs weigh the
+    same in all. The logit of a class is that of its best matching support image.
+
+    Args:
+        network: the embedding `f`, here through a sigmoid as in the paper; its last layer is not used.
+        finetune_steps: see `MetricLearner`.
+        finetune_lr: see `MetricLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import Episode
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> Siamese(ConvNet(1, filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Koch, Zemel & Salakhutdinov (2015), section 3.1 and 3.2; one-shot matching: section 4.3.
+    """
+
+    def __init__(
+        self,
+        network: ConvNet,
+        *,
+        finetune_steps: int = SiameseConfig.finetune_steps,
+        finetune_lr: float = SiameseConfig.finetune_lr,
+    ) -> None:
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = SiameseConfig("siamese", finetune_steps, finetune_lr)
+        self.compare = nn.Linear(network.embedding_size, 1)
+
+    def pair_logits(self, support_images: Images, query_images: Images) -> Float[Tensor, "query support"]:
+        """The logit of "the same" for every query image with every support image."""
+        support, query = self.embed(support_images, query_images)
+        return self.compare((query.sigmoid()[:, None] - support.sigmoid()).abs()).squeeze(-1)
+
+    def task_logits(
+        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+    ) -> Float[Tensor, "query way"]:
+        """Each class's best match."""
+        pairs = self.pair_logits(support_images, query_images)
+        others = support_labels != torch.arange(n_way, device=pairs.device)[:, None]  # [way, support]
+        return pairs[:, None].masked_fill(others, -torch.inf).amax(-1)
+
+    def task_loss(
+        self, support_images: Images, support_labels: Labels, query_images: Images, query_labels: Labels, n_way: int
+    ) -> Float[Tensor, ""]:
+        """Binary cross-entropy over the pairs: half of the weight for the equal, half for the unequal."""
+        same = query_labels[:, None] == support_labels
+        of_pairs = F.binary_cross_entropy_with_logits(
+            self.pair_logits(support_images, query_images), same.float(), reduction="none"
+        )
+        return (of_pairs[same].mean() + of_pairs[~same].mean()) / 2
