@@ -16,8 +16,10 @@ from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
 from metatutor.learner import NetworkLearner, Parameters
 
-Images = Float[Tensor, "n channel height width"]
-Labels = Int[Tensor, " n"]
+SupportImages = Float[Tensor, "support channel height width"]
+SupportLabels = Int[Tensor, " support"]
+QueryImages = Float[Tensor, "query channel height width"]
+QueryLabels = Int[Tensor, " query"]
 
 
 class MetricLearner(NetworkLearner):
@@ -59,12 +61,17 @@ class MetricLearner(NetworkLearner):
 
     @abstractmethod
     def task_logits(
-        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
     ) -> Float[Tensor, "query way"]:
         """Logits of the query images of one task."""
 
     def task_loss(
-        self, support_images: Images, support_labels: Labels, query_images: Images, query_labels: Labels, n_way: int
+        self,
+        support_images: SupportImages,
+        support_labels: SupportLabels,
+        query_images: QueryImages,
+        query_labels: QueryLabels,
+        n_way: int,
     ) -> Float[Tensor, ""]:
         """What training minimises, of one task: the mean cross-entropy of its query images."""
         return F.cross_entropy(self.task_logits(support_images, support_labels, query_images, n_way), query_labels)
@@ -93,13 +100,13 @@ class MetricLearner(NetworkLearner):
         )
         return torch.stack([self.task_loss(*task, episode.n_way) for task in tasks]).mean()
 
-    def embed(self, support_images: Images, query_images: Images) -> tuple[Tensor, Tensor]:
+    def embed(self, support_images: SupportImages, query_images: QueryImages) -> tuple[Tensor, Tensor]:
         """Embeddings of one task's images, `[support, embedding]` and `[query, embedding]`, in one call."""
         n_support = len(support_images)
         embeddings = self.network.embed(torch.cat([support_images, query_images]), n_support)
         return embeddings[:n_support], embeddings[n_support:]
 
-    def finetune(self, support_images: Images, support_labels: Labels, n_way: int) -> Parameters:
+    def finetune(self, support_images: SupportImages, support_labels: SupportLabels, n_way: int) -> Parameters:
         """A task's own parameters by name, after gradient descent on `task_loss` of its support set."""
         own = {name: p.detach() for name, p in self.named_parameters()}
         with torch.enable_grad():
@@ -129,8 +136,8 @@ class _Method(nn.Module):
 
 
 def class_means(
-    embeddings: Float[Tensor, "support *shape"], labels: Int[Tensor, " support"], n_way: int
-) -> Float[Tensor, "way *shape"]:
+    embeddings: Float[Tensor, support * shape], labels: Int[Tensor, " support"], n_way: int
+) -> Float[Tensor, way * shape]:
     """The mean embedding of each class."""
     members = F.one_hot(labels, n_way).to(embeddings.dtype)  # [support, way]
     return torch.tensordot(members / members.sum(0), embeddings, dims=([0], [0]))

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning
+from metatutor.metric.base import MetricLearner, QueryImages, SupportImages, SupportLabels, check_finetuning
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Matching(MetricLearner):
         self.context = FullContext(size, reading_steps) if full_context else None
 
     def task_logits(
-        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
     ) -> Float[Tensor, "query way"]:
         """The logarithm of each class's share of the attention."""
         support, query = self.embed(support_images, query_images)

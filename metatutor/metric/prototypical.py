@@ -10,7 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning, class_means
+from metatutor.metric.base import (
+    MetricLearner,
+    QueryImages,
+    SupportImages,
+    SupportLabels,
+    check_finetuning,
+    class_means,
+)
 
 Distance = Literal["squared", "euclidean", "cosine"]
 
@@ -92,7 +99,7 @@ class Prototypical(MetricLearner):
         self.config = PrototypicalConfig("prototypical", distance, finetune_steps, finetune_lr)
 
     def task_logits(
-        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
     ) -> Float[Tensor, "query way"]:
         """Minus the distance of each query image to each prototype."""
         support, query = self.embed(support_images, query_images)

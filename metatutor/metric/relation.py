@@ -11,7 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvBlock, ConvNet
-from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning
+from metatutor.metric.base import (
+    MetricLearner,
+    QueryImages,
+    QueryLabels,
+    SupportImages,
+    SupportLabels,
+    check_finetuning,
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ class Relation(MetricLearner):
         self.score = nn.Linear(hidden, 1)
 
     def task_logits(
-        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
     ) -> Float[Tensor, "query way"]:
         """The logit of "the same" for every query image and class."""
         n_support = len(support_images)
@@ -121,7 +128,12 @@ class Relation(MetricLearner):
         return self.score(F.relu(self.hidden(pairs.flatten(1)))).view(n_query, n_way)
 
     def task_loss(
-        self, support_images: Images, support_labels: Labels, query_images: Images, query_labels: Labels, n_way: int
+        self,
+        support_images: SupportImages,
+        support_labels: SupportLabels,
+        query_images: QueryImages,
+        query_labels: QueryLabels,
+        n_way: int,
     ) -> Float[Tensor, ""]:
         """The mean squared error of the scores, or the cross-entropy of the classes."""
         logits = self.task_logits(support_images, support_labels, query_images, n_way)

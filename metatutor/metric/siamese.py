@@ -11,7 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import Images, Labels, MetricLearner, check_finetuning
+from metatutor.metric.base import (
+    MetricLearner,
+    QueryImages,
+    QueryLabels,
+    SupportImages,
+    SupportLabels,
+    check_finetuning,
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +88,13 @@ class Siamese(MetricLearner):
         self.config = SiameseConfig("siamese", finetune_steps, finetune_lr)
         self.compare = nn.Linear(network.embedding_size, 1)
 
-    def pair_logits(self, support_images: Images, query_images: Images) -> Float[Tensor, "query support"]:
+    def pair_logits(self, support_images: SupportImages, query_images: QueryImages) -> Float[Tensor, "query support"]:
         """The logit of "the same" for every query image with every support image."""
         support, query = self.embed(support_images, query_images)
         return self.compare((query.sigmoid()[:, None] - support.sigmoid()).abs()).squeeze(-1)
 
     def task_logits(
-        self, support_images: Images, support_labels: Labels, query_images: Images, n_way: int
+        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
     ) -> Float[Tensor, "query way"]:
         """Each class's best match."""
         pairs = self.pair_logits(support_images, query_images)
@@ -95,11 +102,15 @@ class Siamese(MetricLearner):
         return pairs[:, None].masked_fill(others, -torch.inf).amax(-1)
 
     def task_loss(
-        self, support_images: Images, support_labels: Labels, query_images: Images, query_labels: Labels, n_way: int
+        self,
+        support_images: SupportImages,
+        support_labels: SupportLabels,
+        query_images: QueryImages,
+        query_labels: QueryLabels,
+        n_way: int,
     ) -> Float[Tensor, ""]:
         """Binary cross-entropy over the pairs: half of the weight for the equal, half for the unequal."""
         same = query_labels[:, None] == support_labels
-        of_pairs = F.binary_cross_entropy_with_logits(
-            self.pair_logits(support_images, query_images), same.float(), reduction="none"
-        )
+        logits = self.pair_logits(support_images, query_images)
+        of_pairs = F.binary_cross_entropy_with_logits(logits, same.to(logits.dtype), reduction="none")
         return (of_pairs[same].mean() + of_pairs[~same].mean()) / 2
