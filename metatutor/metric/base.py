@@ -29,9 +29,9 @@ class MetricLearner(NetworkLearner):
     `task_loss`. Tasks are answered one after the other: they share the network, so nothing is gained by doing them side
     by side, and one task's activations stay in the processor's cache. Ways and shots may differ from those of training.
 
-    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `task_loss` of the support
-    images asked about themselves: what the source article proposes, and none of the papers does. Outer loop and
-    fine-tuning do not meet: the outer loop trains without it.
+    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `task_loss` of the
+    support images asked about themselves: what the source article proposes, and none of the papers does. Outer loop
+    and fine-tuning do not meet: the outer loop trains without it.
 
     Args:
         network: the embedding; its last layer is not used.

@@ -114,9 +114,9 @@ class Matching(MetricLearner):
 class FullContext(nn.Module):
     """Embeddings of support and query images that know the whole support set.
 
-    `g(x) = forward h + backward h + g'(x)` from a bidirectional LSTM over the support embeddings `g'(x)`. A query starts
-    from `h = f'(query)` and reads `reading_steps` times: `read = sum of softmax(h · g(x)) g(x)`, then one step of an LSTM
-    whose input is `f'(query)` and whose state is `[h, read]`, and `h` becomes its output plus `f'(query)`.
+    `g(x) = forward h + backward h + g'(x)` from a bidirectional LSTM over the support embeddings `g'(x)`. A query
+    starts from `h = f'(query)` and reads `reading_steps` times: `read = sum of softmax(h · g(x)) g(x)`, then one step
+    of an LSTM whose input is `f'(query)` and whose state is `[h, read]`, and `h` becomes its output plus `f'(query)`.
     """
 
     def __init__(self, size: int, reading_steps: int) -> None:

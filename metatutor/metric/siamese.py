@@ -55,9 +55,9 @@ class SiameseConfig:
 class Siamese(MetricLearner):
     """Learns whether two images show the same class, and answers with the class of the best match.
 
-    `P(same | x, y) = sigmoid(sum over j of weight[j] |f(x)[j] - f(y)[j]| + bias)`. Training sees pairs, not classes: every
-    query image with every support image, and the mean binary cross-entropy in which equal and unequal pairs weigh the
-    same in all. The logit of a class is that of its best matching support image.
+    `P(same | x, y) = sigmoid(sum over j of weight[j] |f(x)[j] - f(y)[j]| + bias)`. Training sees pairs, not classes:
+    every query image with every support image, and the mean binary cross-entropy in which equal and unequal pairs
+    weigh the same in all. The logit of a class is that of its best matching support image.
 
     Args:
         network: the embedding `f`, here through a sigmoid as in the paper; its last layer is not used.
