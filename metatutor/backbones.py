@@ -85,7 +85,8 @@ class ConvNet(nn.Module):
             size = (size + 1) // 2 if pooling == "stride" else size // 2
         if size < 1:
             raise ValueError(f"{halving} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
-        self.n_outputs, self.normalization = n_outputs, normalization
+        self.n_outputs = n_outputs
+        self.normalization: Normalization = normalization
         self.image_shape = (in_channels, image_size, image_size)
         first = (image_size + 1) // 2 if pooling == "stride" and halving else image_size
         self.largest_activation = filters * first * first  # numbers, of one image: after the first convolution

@@ -59,8 +59,9 @@ def close(one: Tensor, other: Tensor) -> bool:
 def embeddings(of: MetricLearner, task: Episode) -> tuple[Tensor, Tensor]:
     """Of the first task: support and query images in one call, as the batch normalisation wants it."""
     images = torch.cat([task.support_images[0], task.query_images[0]])
-    found = of.network.embed(images, task.support_images.shape[1])
-    return found.split([task.support_images.shape[1], task.query_images.shape[1]])
+    n_support = task.support_images.shape[1]
+    found = of.network.embed(images, n_support)
+    return found[:n_support], found[n_support:]
 
 
 # --- against the papers' equations, one number at a time -----------------------------------------------------
@@ -74,7 +75,7 @@ def test_prototypical_by_a_loop(distance):
     for q, x in enumerate(query):
         for c in range(task.n_way):
             members = [s for s, label in zip(support, task.support_labels[0], strict=True) if label == c]
-            prototype = sum(members) / len(members)
+            prototype = torch.stack(members).mean(0)
             if distance == "cosine":
                 expected[q, c] = 10 * (x @ prototype) / (x.norm() * prototype.norm())
             else:
@@ -117,7 +118,7 @@ def test_full_context_by_a_loop():
         for _ in range(method.config.reading_steps):
             scores = [(h @ s).item() for s in g]
             weights = [math.exp(score - max(scores)) for score in scores]
-            read = sum(w * s for w, s in zip(weights, g, strict=True)) / sum(weights)
+            read = torch.stack([w * s for w, s in zip(weights, g, strict=True)]).sum(0) / sum(weights)
             z = context.gates.weight @ torch.cat([x, h, read]) + context.gates.bias
             enter, keep, show, new = z[:size], z[size : 2 * size], z[2 * size : 3 * size], z[3 * size :]
             c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
@@ -138,8 +139,8 @@ def test_relation_by_a_loop():
     pairs = []
     for x in query:
         for c in range(task.n_way):
-            members = sum(s for s, label in zip(support, task.support_labels[0], strict=True) if label == c)
-            pairs.append(torch.cat([members, x]))  # channels of the class, then of the query
+            members = [s for s, label in zip(support, task.support_labels[0], strict=True) if label == c]
+            pairs.append(torch.cat([torch.stack(members).sum(0), x]))  # channels of the class, then of the query
     found = torch.stack(pairs)
     for block in method.blocks:
         found = block(found, None)
@@ -165,7 +166,7 @@ def test_siamese_by_a_loop():
             else:
                 other.append(-F.logsigmoid(-logit))
         assert torch.allclose(logits[q], torch.tensor(best, dtype=torch.float64))
-    expected = (sum(same) / len(same) + sum(other) / len(other)) / 2
+    expected = (torch.stack(same).mean() + torch.stack(other).mean()) / 2
     assert torch.isclose(method.meta_loss(task), expected)
 
 

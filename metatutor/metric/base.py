@@ -136,11 +136,11 @@ class _Method(nn.Module):
 
 
 def class_means(
-    embeddings: Float[Tensor, support * shape], labels: Int[Tensor, " support"], n_way: int
-) -> Float[Tensor, way * shape]:
+    embeddings: Float[Tensor, "support embedding"], labels: SupportLabels, n_way: int
+) -> Float[Tensor, "way embedding"]:
     """The mean embedding of each class."""
     members = F.one_hot(labels, n_way).to(embeddings.dtype)  # [support, way]
-    return torch.tensordot(members / members.sum(0), embeddings, dims=([0], [0]))
+    return (members / members.sum(0)).mT @ embeddings
 
 
 def check_finetuning(steps: int, lr: float) -> None:

@@ -118,7 +118,7 @@ class Relation(MetricLearner):
         features = self.network.features(torch.cat([support_images, query_images]), n_support)
         support, query = features[:n_support], features[n_support:]
         members = F.one_hot(support_labels, n_way).to(support.dtype)  # [support, way]
-        classes = torch.tensordot(members, support, dims=([0], [0]))  # [way, filter, h, w]
+        classes = (members.mT @ support.flatten(1)).unflatten(1, support.shape[1:])  # [way, filter, h, w]
         n_query = len(query)
         pairs = torch.cat(
             [classes.expand(n_query, *classes.shape), query[:, None].expand(-1, n_way, -1, -1, -1)], dim=2
