@@ -6,6 +6,7 @@ from metatutor.data import Omniglot, Splits, Strokes
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate
 from metatutor.learner import Learner
+from metatutor.metric import Matching, Prototypical, Relation, Siamese
 from metatutor.optimization import MAML
 from metatutor.recording import load_run, run_names
 from metatutor.training import TrainConfig, train
@@ -21,11 +22,15 @@ __all__ = [
     "EpisodeSpec",
     "Evaluation",
     "Learner",
+    "Matching",
     "NearestPixels",
     "Omniglot",
     "PretrainedCosine",
     "PretrainedFinetuned",
+    "Prototypical",
+    "Relation",
     "Scratch",
+    "Siamese",
     "Splits",
     "Strokes",
     "TrainConfig",

@@ -26,6 +26,7 @@ from metatutor.data import Omniglot, Splits, Strokes
 from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, accuracies, evaluate
 from metatutor.learner import Learner
+from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import MAMLConfig
 from metatutor.training import (
     Row,
@@ -39,7 +40,15 @@ from metatutor.training import (
 )
 
 LearnerConfig = Annotated[
-    MAMLConfig | ScratchConfig | PretrainedFinetunedConfig | PretrainedCosineConfig | NearestPixelsConfig,
+    MAMLConfig
+    | PrototypicalConfig
+    | MatchingConfig
+    | RelationConfig
+    | SiameseConfig
+    | ScratchConfig
+    | PretrainedFinetunedConfig
+    | PretrainedCosineConfig
+    | NearestPixelsConfig,
     Field(discriminator="method"),
 ]
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluation.json")
@@ -98,6 +107,7 @@ class NetworkConfig:
 
     filters: int = 64
     n_blocks: int = 4
+    n_halving: int | None = None
     pooling: Pooling = "stride"
     hidden: tuple[int, ...] = ()
     normalization: Normalization = "batch"
