@@ -471,7 +471,8 @@ def device_name(learner: Learner) -> str:
     device = next((p.device for p in learner.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
 
 
 def peak_memory_mib() -> int:
