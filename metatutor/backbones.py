@@ -105,7 +105,7 @@ class ConvNet(nn.Module):
 
     @property
     def embedding_size(self) -> int:
-        """Length of an embedding: what enters the last fully connected layer."""
+        """Length of an embedding, which is what enters the last fully connected layer."""
         return self.head.in_features
 
     @property

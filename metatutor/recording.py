@@ -126,6 +126,7 @@ class EvaluationConfig:
         n_query: query images of each class.
         n_episodes: tasks.
         seed: of the stream of tasks.
+        k_shot: support images of each class; default: those of training.
 
     Raises:
         ValueError: if a size is too small.
@@ -141,6 +142,7 @@ class EvaluationConfig:
     n_query: int = 15
     n_episodes: int = 1000
     seed: int = 0
+    k_shot: int | None = None
 
     def __post_init__(self) -> None:
         if self.n_query < 1 or self.n_episodes < 2:
@@ -155,7 +157,7 @@ class RunConfig:
         learner: the method and its arguments.
         network: the backbone.
         data: the classes.
-        n_way, k_shot: the shape of the tasks, in training and in test.
+        n_way, k_shot: the shape of the tasks, in training and, unless `evaluation` has another `k_shot`, in test.
         n_query: query images of each class in training.
         train: the outer loop; None for a method that learns nothing before it sees a task.
         evaluation: the test.
@@ -186,9 +188,15 @@ class RunConfig:
         return EpisodeSpec(self.n_way, self.k_shot, self.n_query)
 
     @property
+    def validation_spec(self) -> EpisodeSpec:
+        """The shape of a validation task: that of training, with the test's query images."""
+        return EpisodeSpec(self.n_way, self.k_shot, self.evaluation.n_query)
+
+    @property
     def test_spec(self) -> EpisodeSpec:
         """The shape of a test task."""
-        return EpisodeSpec(self.n_way, self.k_shot, self.evaluation.n_query)
+        k_shot = self.k_shot if self.evaluation.k_shot is None else self.evaluation.k_shot
+        return EpisodeSpec(self.n_way, k_shot, self.evaluation.n_query)
 
     def build(self, n_train_classes: int) -> Learner:
         """The learner with its initial parameters, drawn from the seed of `train`."""
@@ -406,7 +414,7 @@ def run_training(
             sampler,
             config.train,
             folder=folder,
-            validate=lambda current: _validate(current, splits.validation, config.test_spec),
+            validate=lambda current: _validate(current, splits.validation, config.validation_spec),
             device=device,
             progress_bar=progress_bar,
         )
@@ -473,7 +481,8 @@ def device_name(learner: Learner) -> str:
     device = next((p.device for p in learner.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
 
 
 def peak_memory_mib() -> int:

@@ -30,7 +30,7 @@ from metatutor.recording import (
     run_names,
     run_training,
 )
-from metatutor.training import TrainConfig
+from metatutor.training import TrainConfig, read_history
 
 TINY = RunConfig(
     learner=MAMLConfig(test_inner_steps=2),
@@ -167,6 +167,16 @@ def test_too_many_ways_fail_before_the_training(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             run_training(wrong, folder, device="cpu", progress_bar=False)
         assert not (folder / "checkpoint.pt").exists()
+
+
+def test_a_run_may_be_tested_with_another_number_of_shots(tmp_path: Path) -> None:
+    two = replace(TINY, evaluation=replace(TINY.evaluation, k_shot=2))
+    evaluations = [run_training(c, tmp_path / str(c.test_spec.k_shot), progress_bar=False) for c in (TINY, two)]
+    assert [(e.n_way, e.k_shot) for e in evaluations] == [(5, 1), (5, 2)]
+    weights = [(tmp_path / k_shot / "model.safetensors").read_bytes() for k_shot in "12"]
+    validation = [read_history(tmp_path / k_shot / "history.csv")[-1]["validation_accuracy"] for k_shot in "12"]
+    assert weights[0] == weights[1]
+    assert validation[0] == validation[1]  # on tasks like those of training
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
