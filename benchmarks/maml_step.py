@@ -209,8 +209,8 @@ def ordinary(network: ConvNet) -> nn.Sequential:
         layers += [nn.Conv2d(c_in, c_out, 3, stride=block.stride, padding=1, bias=False)]
         layers += [nn.BatchNorm2d(c_out, track_running_stats=False), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if block.stride == 1 else []
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(network.embedding_size, network.n_outputs))
-    net.to(network.head.weight)
+    weight = network.get_parameter("head.weight")
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(network.embedding_size, len(weight))).to(weight)
     with torch.no_grad():
         for theirs, given in zip(net.parameters(), network.parameters(), strict=True):
             theirs.copy_(given)

@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
     No policy keeps running averages, so nothing leaks from one task to the next.
 
     Args:
-        n_outputs: logits at the end; the ways of a task.
+        n_outputs: logits at the end, the ways of a task; None: no last layer, the network embeds.
         filters: channels of every convolution.
         n_blocks: convolutional blocks.
         n_halving: how many of them, the first ones, halve their image; default: all.
@@ -62,7 +62,7 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        n_outputs: int,
+        n_outputs: int | None = None,
         *,
         filters: int = 64,
         n_blocks: int = 4,
@@ -76,7 +76,9 @@ class ConvNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(pooling, normalization)
-        _check_sizes(n_outputs=n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels)
+        _check_sizes(
+            n_outputs=1 if n_outputs is None else n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels
+        )
         _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
         size, halving = image_size, n_blocks if n_halving is None else n_halving
         if not 0 <= halving <= n_blocks:
@@ -98,15 +100,12 @@ class ConvNet(nn.Module):
         self.feature_shape = (filters, size, size)
         widths = [filters * size * size, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
-        self.head = nn.Linear(widths[-1], n_outputs)
-        if zero_head:
-            nn.init.zeros_(self.head.weight)
-            nn.init.zeros_(self.head.bias)
-
-    @property
-    def embedding_size(self) -> int:
+        self.embedding_size = widths[-1]
         """Length of an embedding, which is what enters the last fully connected layer."""
-        return self.head.in_features
+        self.head: nn.Module = nn.Identity() if n_outputs is None else nn.Linear(widths[-1], n_outputs)
+        if zero_head:
+            for parameter in self.head.parameters():
+                nn.init.zeros_(parameter)
 
     @property
     def transductive(self) -> bool:
@@ -133,7 +132,10 @@ class ConvNet(nn.Module):
     def forward(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n output"]:
-        """Logits of `n` images; the first `n_support` (default: all) are the support set of the normalisation."""
+        """Logits of `n` images, or their embeddings if there is no last layer.
+
+        The first `n_support` images (default: all) are the support set of the normalisation.
+        """
         return self.head(self.embed(images, n_support))
 
 
@@ -157,10 +159,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, images: Tensor, n_support: int | None) -> Tensor:
         """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""
-        images = self.normalize(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
-        if self.pools:
-            images = max_pool2d(images)
-        return F.relu(images)
+        return self.after_convolution(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
+
+    def after_convolution(self, images: Tensor, n_support: int | None) -> Tensor:
+        """The rest of the block."""
+        images = self.normalize(images, n_support)
+        return F.relu(max_pool2d(images) if self.pools else images)
 
     def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
         """Normalise by the policy's statistics, then scale and shift each channel."""
@@ -170,7 +174,7 @@ class ConvBlock(nn.Module):
             return batch_norm(images, self.scale, self.shift)
         variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
         scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
-        return (images - mean) * scale + self.shift[:, None, None]
+        return torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
 
 
 def _check_options(pooling: str, normalization: str) -> None:

@@ -316,6 +316,11 @@ class ClassificationSampler:
 class _Pretrained(NetworkLearner):
     """Answers an episode without support with the classifier itself: which is how it is pretrained."""
 
+    def __init__(self, network: ConvNet) -> None:
+        super().__init__(network)
+        if network.n_outputs is None:
+            raise ValueError("pretraining needs a last layer; build ConvNet(n_outputs=the meta-training classes)")
+
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Learn from the support set, then answer the query images; without support, tell the pretraining classes."""
         if _is_episode(episode):
@@ -346,8 +351,9 @@ class _Pretrained(NetworkLearner):
     def finish(self) -> None:
         """Forget the pretraining classes, whose last layer no task uses: the weights to record shrink to a few."""
         head = self.network.head
-        head.weight, head.bias = (nn.Parameter(p[:1].detach().clone()) for p in (head.weight, head.bias))
-        head.out_features = self.network.n_outputs = 1
+        for name, parameter in dict(head.named_parameters()).items():
+            head.register_parameter(name, nn.Parameter(parameter[:1].detach().clone()))
+        self.network.n_outputs = 1
 
     def _check(self, n_classes: int) -> None:
         if n_classes != self.network.n_outputs:
@@ -401,7 +407,7 @@ class PretrainedFinetuned(_Pretrained):
 
     def adapt(self, episode: Episode) -> Parameters:
         """The fine-tuned parameters of every task, `[task, ...]` by name; only the support set is read."""
-        old = self.network.head.weight
+        old = self.network.get_parameter("head.weight")
         head = {"head.weight": old.new_zeros(episode.n_way, old.shape[1]), "head.bias": old.new_zeros(episode.n_way)}
         initial = dict(self.network.named_parameters()) | head
         of_tasks = {name: p.expand(len(episode), *p.shape) for name, p in initial.items()}

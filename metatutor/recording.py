@@ -113,8 +113,8 @@ class NetworkConfig:
     normalization: Normalization = "batch"
     zero_head: bool = False
 
-    def build(self, n_outputs: int) -> ConvNet:
-        """The network with this many logits."""
+    def build(self, n_outputs: int | None) -> ConvNet:
+        """The network with this many logits, or without a last layer."""
         return ConvNet(n_outputs, **vars(self))
 
 
@@ -126,7 +126,7 @@ class EvaluationConfig:
         n_query: query images of each class.
         n_episodes: tasks.
         seed: of the stream of tasks.
-        k_shot: support images of each class; default: those of training.
+        n_way, k_shot: the shape of the tasks; default: that of training.
 
     Raises:
         ValueError: if a size is too small.
@@ -142,6 +142,7 @@ class EvaluationConfig:
     n_query: int = 15
     n_episodes: int = 1000
     seed: int = 0
+    n_way: int | None = None
     k_shot: int | None = None
 
     def __post_init__(self) -> None:
@@ -157,10 +158,13 @@ class RunConfig:
         learner: the method and its arguments.
         network: the backbone.
         data: the classes.
-        n_way, k_shot: the shape of the tasks, in training and, unless `evaluation` has another `k_shot`, in test.
+        n_way, k_shot: the shape of the tasks, in training and, unless `evaluation` has others, in test.
         n_query: query images of each class in training.
         train: the outer loop; None for a method that learns nothing before it sees a task.
         evaluation: the test.
+
+    Raises:
+        ValueError: if the learner cannot be tested with the ways of `evaluation`.
 
     Example:
         >>> config = RunConfig(learner=MAMLConfig(inner_lr=0.1))
@@ -182,6 +186,14 @@ class RunConfig:
     train: TrainConfig | None = field(default_factory=TrainConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    def __post_init__(self) -> None:
+        n_way = self.evaluation.n_way
+        if isinstance(self.learner, MAMLConfig | ScratchConfig) and n_way not in (None, self.n_way):
+            raise ValueError(
+                f"evaluation.n_way = {n_way} but a last layer for n_way = {self.n_way} classes; "
+                f"{self.learner.method} is tested with the ways of its training"
+            )
+
     @property
     def train_spec(self) -> EpisodeSpec:
         """The shape of a training task."""
@@ -195,15 +207,21 @@ class RunConfig:
     @property
     def test_spec(self) -> EpisodeSpec:
         """The shape of a test task."""
-        k_shot = self.k_shot if self.evaluation.k_shot is None else self.evaluation.k_shot
-        return EpisodeSpec(self.n_way, k_shot, self.evaluation.n_query)
+        test = self.evaluation
+        n_way = self.n_way if test.n_way is None else test.n_way
+        return EpisodeSpec(n_way, self.k_shot if test.k_shot is None else test.k_shot, test.n_query)
 
     def build(self, n_train_classes: int) -> Learner:
         """The learner with its initial parameters, drawn from the seed of `train`."""
         with torch.random.fork_rng():
             torch.manual_seed(self.train.seed if self.train else 0)
-            pretrained = self.learner.method.startswith("pretrained")
-            return self.learner.build(self.network.build(n_train_classes if pretrained else self.n_way))
+            return self.learner.build(self.network.build(self._n_outputs(n_train_classes)))
+
+    def _n_outputs(self, n_train_classes: int) -> int | None:
+        if isinstance(self.learner, MAMLConfig | ScratchConfig):
+            return self.n_way
+        pretrained = isinstance(self.learner, PretrainedFinetunedConfig | PretrainedCosineConfig)
+        return n_train_classes if pretrained else None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.autograd import gradcheck
 
 from metatutor.backbones import ConvNet, Normalization
 from metatutor.episodes import Episode
-from metatutor.metric import Matching, Prototypical, Relation, Siamese
+from metatutor.metric import Matching, Prototypical, Relation, Siamese, base, relation
 from metatutor.metric.base import MetricLearner
 from metatutor.training import TrainConfig, train
 
@@ -36,7 +37,7 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 def small(normalization: Normalization = "batch") -> ConvNet:
     torch.manual_seed(0)
-    network = ConvNet(1, filters=4, n_blocks=2, n_halving=1, image_size=8, pooling="max", normalization=normalization)
+    network = ConvNet(filters=4, n_blocks=2, n_halving=1, image_size=8, pooling="max", normalization=normalization)
     return network.double()
 
 
@@ -142,7 +143,7 @@ def test_relation_by_a_loop():
             members = [s for s, label in zip(support, task.support_labels[0], strict=True) if label == c]
             pairs.append(torch.cat([torch.stack(members).sum(0), x]))  # channels of the class, then of the query
     found = torch.stack(pairs)
-    for block in method.blocks:
+    for block in (method.first, method.second):
         found = block(found, None)
     scores = method.score(method.hidden(found.flatten(1)).relu()).sigmoid().view(len(query), task.n_way)
     assert close(method(task)[0].sigmoid(), scores)
@@ -159,7 +160,7 @@ def test_siamese_by_a_loop():
         best = [-math.inf] * task.n_way
         for s, label in zip(support, task.support_labels[0].tolist(), strict=True):
             difference = (x.sigmoid() - s.sigmoid()).abs()
-            logit = method.compare.weight[0] @ difference + method.compare.bias[0]
+            logit = method.same.weight[0] @ difference + method.same.bias[0]
             best[label] = max(best[label], logit.item())
             if label == task.query_labels[0, q]:
                 same.append(-F.logsigmoid(logit))
@@ -179,6 +180,19 @@ def test_a_batch_of_tasks_is_the_tasks_one_by_one(name: str):
     alone = [tasks.tasks(slice(i, i + 1)) for i in range(3)]
     assert close(method(tasks), torch.cat([method(task) for task in alone]))
     assert close(method.meta_loss(tasks), torch.stack([method.meta_loss(task) for task in alone]).mean())
+
+
+@every_method
+@pytest.mark.parametrize("normalization", ["batch", "support", "group"])
+def test_tasks_side_by_side_are_tasks_in_turn(name: str, normalization: Normalization, monkeypatch):
+    """What a GPU does, and what a CPU does."""
+    method, tasks = learner(name, normalization), episode(3)
+    in_turn, loss = method(tasks), method.meta_loss(tasks)
+    side_by_side = partial(base.each_task, side_by_side=True)
+    monkeypatch.setattr(base, "each_task", side_by_side)
+    monkeypatch.setattr(relation, "each_task", side_by_side)
+    assert close(method(tasks), in_turn)
+    assert close(method.meta_loss(tasks), loss)
 
 
 @every_method
@@ -218,7 +232,7 @@ def test_query_labels_are_not_read(name: str, steps: int):
     assert close(method(replace(task, query_labels=torch.full_like(task.query_labels, -1))), method(task))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("relation")])
+@every_method
 @pytest.mark.parametrize("normalization", ["support", "group"])
 def test_inductive_a_query_never_changes_anothers_logits(name: str, normalization: Normalization):
     method, task = learner(name, normalization), episode()
@@ -238,7 +252,7 @@ def test_any_way_and_shot(name: str, n_way: int, k_shot: int):
 @every_method
 def test_gradients_against_finite_differences(name: str):
     method, task = learner(name), episode(1, 2, 1, 1)
-    names = [n for n, p in method.named_parameters() if p.numel() < 200 and not n.startswith("network.head")]
+    names = [n for n, p in method.named_parameters() if p.numel() < 200]
     parameters = [p.detach().clone().requires_grad_() for n, p in method.named_parameters() if n in names]
 
     def loss(*values: Tensor) -> Tensor:
@@ -282,7 +296,7 @@ def test_finetuning_descends_on_the_support_set(name: str):
     """One step by hand, and the learner's own parameters stay."""
     method, task = learner(name, finetune_steps=1, finetune_lr=0.05), episode(1)
     before = {n: p.detach().clone() for n, p in method.named_parameters()}
-    tuned = method.finetune(task.support_images[0], task.support_labels[0], task.n_way)
+    tuned = method.finetune(task)
     asked = replace(task, query_images=task.support_images, query_labels=task.support_labels)
     method.meta_loss(asked).backward()
     for n, p in method.named_parameters():
@@ -311,7 +325,7 @@ def test_training_is_not_finetuned(name: str):
         (lambda: Matching(small(), reading_steps=0), "reading_steps must be positive"),
         (lambda: Relation(small(), hidden=0), "hidden must be positive"),
         (lambda: Relation(small(), loss="mae"), "loss"),  # pyright: ignore[reportArgumentType]
-        (lambda: Relation(ConvNet(1, filters=4)), "leave nothing to compare"),
+        (lambda: Relation(ConvNet(filters=4)), "leave nothing to compare"),
     ],
 )
 def test_wrong_arguments_say_what_to_do(build: Callable[[], MetricLearner], message: str):

@@ -7,11 +7,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import MetricLearner, QueryImages, SupportImages, SupportLabels, check_finetuning
+from metatutor.episodes import Episode
+from metatutor.metric.base import Logits, MetricLearner, SupportLabels, check_finetuning, of_other_classes
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MatchingConfig:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> MatchingConfig(full_context=True).build(ConvNet(1, filters=8)).config.reading_steps
+        >>> MatchingConfig(full_context=True).build(ConvNet(filters=8)).config.reading_steps
         5
 
     Reference:
@@ -64,7 +65,7 @@ class Matching(MetricLearner):
     with the query in mind.
 
     Args:
-        network: the embedding; its last layer is not used.
+        network: the embedding; a last layer, if it has one, is not used.
         scale: of the cosines. The paper has 1, which leaves even a perfect match unsure of itself.
         full_context: whether to use full-context embeddings.
         reading_steps: of the LSTM that embeds a query with full context.
@@ -77,7 +78,7 @@ class Matching(MetricLearner):
     Example:
         >>> from metatutor import Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = Matching(ConvNet(1, filters=8), full_context=True)
+        >>> learner = Matching(ConvNet(filters=8), full_context=True)
         >>> learner(Episode(images, labels, images, labels, n_way=5)).exp().sum(-1).allclose(torch.ones(2, 5))
         True
 
@@ -100,15 +101,13 @@ class Matching(MetricLearner):
         size = network.embedding_size
         self.context = FullContext(size, reading_steps) if full_context else None
 
-    def task_logits(
-        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
-    ) -> Float[Tensor, "query way"]:
+    def compare(self, episode: Episode) -> Logits:
         """The logarithm of each class's share of the attention."""
-        support, query = self.embed(support_images, query_images)
+        support, query = self.embed(episode)
         if self.context is not None:
             support, query = self.context(support, query)
         cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
-        return attend(self.config.scale * cosines, support_labels, n_way)
+        return attend(self.config.scale * cosines, episode.support_labels, episode.n_way)
 
 
 class FullContext(nn.Module):
@@ -122,12 +121,12 @@ class FullContext(nn.Module):
     def __init__(self, size: int, reading_steps: int) -> None:
         super().__init__()
         self.reading_steps = reading_steps
-        self.over_support = nn.LSTM(size, size, bidirectional=True)
+        self.over_support = nn.LSTM(size, size, bidirectional=True, batch_first=True)
         self.gates = nn.Linear(3 * size, 4 * size)
 
     def forward(
-        self, support: Float[Tensor, "support embedding"], query: Float[Tensor, "query embedding"]
-    ) -> tuple[Float[Tensor, "support embedding"], Float[Tensor, "query embedding"]]:
+        self, support: Float[Tensor, "task support embedding"], query: Float[Tensor, "task query embedding"]
+    ) -> tuple[Float[Tensor, "task support embedding"], Float[Tensor, "task query embedding"]]:
         """`g(x)` of all support images and `f(query)` of all query images."""
         forward, backward = self.over_support(support)[0].chunk(2, dim=-1)
         support = forward + backward + support
@@ -141,10 +140,7 @@ class FullContext(nn.Module):
         return support, h
 
 
-def attend(
-    scores: Float[Tensor, "query support"], labels: Int[Tensor, " support"], n_way: int
-) -> Float[Tensor, "query way"]:
+def attend(scores: Float[Tensor, "task query support"], labels: SupportLabels, n_way: int) -> Logits:
     """The logarithm of the attention that each class receives: `log sum of softmax(scores)` over its members."""
-    others = labels != torch.arange(n_way, device=labels.device)[:, None]  # [way, support]
-    of_class = scores.log_softmax(-1)[:, None].masked_fill(others, -torch.inf)  # [query, way, support]
-    return of_class.logsumexp(-1)
+    shares = scores.log_softmax(-1)[:, :, None]  # [task, query, 1, support]
+    return shares.masked_fill(of_other_classes(labels, n_way), -torch.inf).logsumexp(-1)

@@ -10,14 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import (
-    MetricLearner,
-    QueryImages,
-    SupportImages,
-    SupportLabels,
-    check_finetuning,
-    class_means,
-)
+from metatutor.episodes import Episode
+from metatutor.metric.base import Logits, MetricLearner, check_finetuning, class_means
 
 Distance = Literal["squared", "euclidean", "cosine"]
 
@@ -34,7 +28,7 @@ class PrototypicalConfig:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> PrototypicalConfig().build(ConvNet(1, filters=8)).config.distance
+        >>> PrototypicalConfig().build(ConvNet(filters=8)).config.distance
         'squared'
 
     Reference:
@@ -68,7 +62,7 @@ class Prototypical(MetricLearner):
     `"cosine"` compares directions; both are here to show the difference.
 
     Args:
-        network: the embedding `f`; its last layer is not used.
+        network: the embedding `f`; a last layer, if it has one, is not used.
         distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
         finetune_steps: see `MetricLearner`.
         finetune_lr: see `MetricLearner`.
@@ -80,7 +74,7 @@ class Prototypical(MetricLearner):
         >>> import torch
         >>> from metatutor import Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> Prototypical(ConvNet(1, filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> Prototypical(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -98,20 +92,18 @@ class Prototypical(MetricLearner):
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         self.config = PrototypicalConfig("prototypical", distance, finetune_steps, finetune_lr)
 
-    def task_logits(
-        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
-    ) -> Float[Tensor, "query way"]:
+    def compare(self, episode: Episode) -> Logits:
         """Minus the distance of each query image to each prototype."""
-        support, query = self.embed(support_images, query_images)
-        prototypes = class_means(support, support_labels, n_way)
+        support, query = self.embed(episode)
+        prototypes = class_means(support, episode.support_labels, episode.n_way)
         return similarity(query, prototypes, self.config.distance)
 
 
 def similarity(
-    query: Float[Tensor, "query embedding"], prototypes: Float[Tensor, "way embedding"], distance: Distance
-) -> Float[Tensor, "query way"]:
+    query: Float[Tensor, "task query embedding"], prototypes: Float[Tensor, "task way embedding"], distance: Distance
+) -> Logits:
     """Minus the distance of every pair, or ten times its cosine."""
     if distance == "cosine":
         return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT
-    squared = (query[:, None] - prototypes).pow(2).sum(-1)
+    squared = (query[:, :, None] - prototypes[:, None]).pow(2).sum(-1)
     return -squared if distance == "squared" else -(squared + 1e-12).sqrt()

@@ -11,14 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvBlock, ConvNet
-from metatutor.metric.base import (
-    MetricLearner,
-    QueryImages,
-    QueryLabels,
-    SupportImages,
-    SupportLabels,
-    check_finetuning,
-)
+from metatutor.episodes import Episode
+from metatutor.metric.base import Logits, MetricLearner, check_finetuning, each_task
+from metatutor.twice import conv2d
 
 
 @dataclass(frozen=True)
@@ -33,7 +28,7 @@ class RelationConfig:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> RelationConfig().build(ConvNet(1, filters=8, n_halving=2)).config.hidden
+        >>> RelationConfig().build(ConvNet(filters=8, n_halving=2)).config.hidden
         8
 
     Reference:
@@ -81,7 +76,7 @@ class Relation(MetricLearner):
     Example:
         >>> from metatutor import Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = Relation(ConvNet(1, filters=8, pooling="max", n_halving=2))
+        >>> learner = Relation(ConvNet(filters=8, pooling="max", n_halving=2))
         >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
 
@@ -106,37 +101,43 @@ class Relation(MetricLearner):
                 f"feature maps of {size}×{size} pixels leave nothing to compare; give the network n_halving=2"
             )
         policy = network.normalization
-        self.blocks = nn.ModuleList(ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
+        self.first, self.second = (ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
         self.hidden = nn.Linear(filters * (size // 4) ** 2, hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def task_logits(
-        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
-    ) -> Float[Tensor, "query way"]:
+    def compare(self, episode: Episode) -> Logits:
         """The logit of "the same" for every query image and class."""
-        n_support = len(support_images)
-        features = self.network.features(torch.cat([support_images, query_images]), n_support)
-        support, query = features[:n_support], features[n_support:]
-        members = F.one_hot(support_labels, n_way).to(support.dtype)  # [support, way]
-        classes = (members.mT @ support.flatten(1)).unflatten(1, support.shape[1:])  # [way, filter, h, w]
-        n_query = len(query)
-        pairs = torch.cat(
-            [classes.expand(n_query, *classes.shape), query[:, None].expand(-1, n_way, -1, -1, -1)], dim=2
-        ).flatten(0, 1)
-        for block in self.blocks:
-            pairs = block(pairs, None)
-        return self.score(F.relu(self.hidden(pairs.flatten(1)))).view(n_query, n_way)
+        n_way = episode.n_way
 
-    def task_loss(
-        self,
-        support_images: SupportImages,
-        support_labels: SupportLabels,
-        query_images: QueryImages,
-        query_labels: QueryLabels,
-        n_way: int,
-    ) -> Float[Tensor, ""]:
+        def of_task(support_images: Tensor, members: Tensor, query_images: Tensor) -> Tensor:
+            n_support = len(support_images)
+            maps = self.network.features(torch.cat([support_images, query_images]), n_support)
+            classes = (members.mT @ maps[:n_support].flatten(1)).unflatten(1, maps.shape[1:])  # [way, filter, h, w]
+            if self.network.normalization == "support":  # support images are compared too: theirs are the statistics
+                return self.relate(maps, classes, n_support)[n_support:]
+            return self.relate(maps[n_support:], classes)
+
+        members = F.one_hot(episode.support_labels, n_way).to(episode.support_images.dtype)  # [task, support, way]
+        return each_task(of_task, episode.support_images, members, episode.query_images)
+
+    def relate(
+        self, images: Float[Tensor, "n filter h w"], classes: Float[Tensor, "way filter h w"], n_support: int = 0
+    ) -> Float[Tensor, "n way"]:
+        """The logit of "the same" for every pair of feature maps; the first `n_support` rows are of support images."""
+        n, n_way = len(images), len(classes)
+        # A convolution of two stacked maps is the sum of the convolutions of each: convolve images, not pairs.
+        halves = self.first.weight.chunk(2, dim=1)
+        of_classes, of_images = (
+            conv2d(of, half, padding=1) for of, half in zip((classes, images), halves, strict=True)
+        )
+        pairs = (of_classes + of_images[:, None]).flatten(0, 1)
+        of_support = n_support * n_way or None
+        pairs = self.second(self.first.after_convolution(pairs, of_support), of_support)
+        return self.score(F.relu(self.hidden(pairs.flatten(1)))).view(n, n_way)
+
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean squared error of the scores, or the cross-entropy of the classes."""
-        logits = self.task_logits(support_images, support_labels, query_images, n_way)
         if self.config.loss == "cross-entropy":
-            return F.cross_entropy(logits, query_labels)
-        return F.mse_loss(logits.sigmoid(), F.one_hot(query_labels, n_way).to(logits.dtype))
+            return super().meta_loss(episode)
+        logits = self.compare(episode)
+        return F.mse_loss(logits.sigmoid(), F.one_hot(episode.query_labels, episode.n_way).to(logits.dtype))

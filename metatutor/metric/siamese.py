@@ -11,14 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
-from metatutor.metric.base import (
-    MetricLearner,
-    QueryImages,
-    QueryLabels,
-    SupportImages,
-    SupportLabels,
-    check_finetuning,
-)
+from metatutor.episodes import Episode
+from metatutor.metric.base import Logits, MetricLearner, check_finetuning, of_other_classes
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class SiameseConfig:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> SiameseConfig().build(ConvNet(1, filters=8)).config.method
+        >>> SiameseConfig().build(ConvNet(filters=8)).config.method
         'siamese'
 
     Reference:
@@ -60,7 +54,7 @@ class Siamese(MetricLearner):
     weigh the same in all. The logit of a class is that of its best matching support image.
 
     Args:
-        network: the embedding `f`, here through a sigmoid as in the paper; its last layer is not used.
+        network: the embedding `f`, here through a sigmoid as in the paper; a last layer is not used.
         finetune_steps: see `MetricLearner`.
         finetune_lr: see `MetricLearner`.
 
@@ -70,7 +64,7 @@ class Siamese(MetricLearner):
     Example:
         >>> from metatutor import Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> Siamese(ConvNet(1, filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> Siamese(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -86,31 +80,21 @@ class Siamese(MetricLearner):
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         self.config = SiameseConfig("siamese", finetune_steps, finetune_lr)
-        self.compare = nn.Linear(network.embedding_size, 1)
+        self.same = nn.Linear(network.embedding_size, 1)
 
-    def pair_logits(self, support_images: SupportImages, query_images: QueryImages) -> Float[Tensor, "query support"]:
+    def pair_logits(self, episode: Episode) -> Float[Tensor, "task query support"]:
         """The logit of "the same" for every query image with every support image."""
-        support, query = self.embed(support_images, query_images)
-        return self.compare((query.sigmoid()[:, None] - support.sigmoid()).abs()).squeeze(-1)
+        support, query = self.embed(episode)
+        return self.same((query.sigmoid()[:, :, None] - support.sigmoid()[:, None]).abs()).squeeze(-1)
 
-    def task_logits(
-        self, support_images: SupportImages, support_labels: SupportLabels, query_images: QueryImages, n_way: int
-    ) -> Float[Tensor, "query way"]:
+    def compare(self, episode: Episode) -> Logits:
         """Each class's best match."""
-        pairs = self.pair_logits(support_images, query_images)
-        others = support_labels != torch.arange(n_way, device=pairs.device)[:, None]  # [way, support]
-        return pairs[:, None].masked_fill(others, -torch.inf).amax(-1)
+        pairs, others = self.pair_logits(episode), of_other_classes(episode.support_labels, episode.n_way)
+        return pairs[:, :, None].masked_fill(others, -torch.inf).amax(-1)
 
-    def task_loss(
-        self,
-        support_images: SupportImages,
-        support_labels: SupportLabels,
-        query_images: QueryImages,
-        query_labels: QueryLabels,
-        n_way: int,
-    ) -> Float[Tensor, ""]:
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Binary cross-entropy over the pairs: half of the weight for the equal, half for the unequal."""
-        same = query_labels[:, None] == support_labels
-        logits = self.pair_logits(support_images, query_images)
+        same = episode.query_labels[:, :, None] == episode.support_labels[:, None]
+        logits = self.pair_logits(episode)
         of_pairs = F.binary_cross_entropy_with_logits(logits, same.to(logits.dtype), reduction="none")
         return (of_pairs[same].mean() + of_pairs[~same].mean()) / 2
