@@ -159,10 +159,22 @@ class ConvBlock(nn.Module):
 
     def forward(self, images: Tensor, n_support: int | None) -> Tensor:
         """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""
-        return self.after_convolution(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
+        return self._after_convolution(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
 
-    def after_convolution(self, images: Tensor, n_support: int | None) -> Tensor:
-        """The rest of the block."""
+    def of_pairs(self, first: Tensor, second: Tensor, n_support: int | None) -> Tensor:
+        """The block on every image of `second` laid over every image of `first`, as channels after channels.
+
+        `[m, c, h, w]` and `[n, c_in - c, h, w]` -> `[n * m, c_out, h / 2, w / 2]`. The convolution of stacked channels
+        is the sum of the convolutions of each: `m + n` images are convolved, not `m * n` pairs.
+        """
+        weights = self.weight.split([first.shape[1], second.shape[1]], dim=1)
+        below, above = (
+            conv2d(images, weight, stride=self.stride, padding=1)
+            for images, weight in zip((first, second), weights, strict=True)
+        )
+        return self._after_convolution((below + above[:, None]).flatten(0, 1), n_support)
+
+    def _after_convolution(self, images: Tensor, n_support: int | None) -> Tensor:
         images = self.normalize(images, n_support)
         return F.relu(max_pool2d(images) if self.pools else images)
 

@@ -88,7 +88,7 @@ def test_imports_go_down(module: str):
 
 def test_only_figures_draw():
     drawing = {name for name, tree in MODULES.items() if any(i.startswith("matplotlib") for i in imports(tree))}
-    assert drawing <= {"metatutor.figures"}
+    assert {room_of(name) for name in drawing} == {"figures"}
 
 
 # --- anti-patterns ---------------------------------------------------------------------------------------------

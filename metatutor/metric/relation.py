@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode
 from metatutor.metric.base import Logits, MetricLearner, check_finetuning, each_task
-from metatutor.twice import conv2d
 
 
 @dataclass(frozen=True)
@@ -125,14 +124,8 @@ class Relation(MetricLearner):
     ) -> Float[Tensor, "n way"]:
         """The logit of "the same" for every pair of feature maps; the first `n_support` rows are of support images."""
         n, n_way = len(images), len(classes)
-        # A convolution of two stacked maps is the sum of the convolutions of each: convolve images, not pairs.
-        halves = self.first.weight.chunk(2, dim=1)
-        of_classes, of_images = (
-            conv2d(of, half, padding=1) for of, half in zip((classes, images), halves, strict=True)
-        )
-        pairs = (of_classes + of_images[:, None]).flatten(0, 1)
         of_support = n_support * n_way or None
-        pairs = self.second(self.first.after_convolution(pairs, of_support), of_support)
+        pairs = self.second(self.first.of_pairs(classes, images, of_support), of_support)
         return self.score(F.relu(self.hidden(pairs.flatten(1)))).view(n, n_way)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:

@@ -1,0 +1,32 @@
+"""Every picture and table of the book, in one style; the only place that draws.
+
+Each function returns a figure that a notebook shows by naming it, as crisp SVG, about as wide as a phone at its natural
+size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
+"""
+
+from metatutor.figures.concepts import families
+from metatutor.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
+from metatutor.figures.images import adaptation, answers, characters, task
+from metatutor.figures.shown import Shown, live, stepper, table
+from metatutor.figures.style import COLOURS, Picture
+
+__all__ = [
+    "COLOURS",
+    "Picture",
+    "Shown",
+    "adaptation",
+    "answers",
+    "bands",
+    "by_layer",
+    "certainty",
+    "characters",
+    "families",
+    "intervals",
+    "learning_curve",
+    "lines",
+    "live",
+    "slopes",
+    "stepper",
+    "table",
+    "task",
+]
