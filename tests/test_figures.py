@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 
 import matplotlib
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metatutor import figures
 from metatutor.episodes import Episode
 from metatutor.figures import Picture
+from metatutor.metric.base import class_means
+from metatutor.metric.matching import attend
+from metatutor.metric.prototypical import similarity
 
 
 def episode(n_query: int = 2) -> Episode:
@@ -45,6 +53,17 @@ ALL: dict[str, Callable[[], Picture]] = {
     "bands, few": lambda: figures.bands({"a": torch.rand(3, 9), "b": torch.rand(3, 9)}, [1, 2, 5], x="shots"),
     "bands, many": lambda: figures.bands({"a": torch.rand(9, 4)}, range(9), x="steps", levels={"guessing": 0.2}),
     "certainty": lambda: figures.certainty(torch.rand(200), n=20),
+    "plane": lambda: figures.plane(
+        torch.rand(4, 2),
+        torch.tensor([0, 0, 1, 1]),
+        {"one": lambda x: x, "two": lambda x: -x},
+        crosses={"one": torch.rand(2, 2)},
+        query=torch.rand(2),
+        weights={"two": torch.rand(4)},
+    ),
+    "embedding": lambda: figures.embedding(episode(), {"here": (torch.rand(5, 8), torch.rand(10, 8))}),
+    "matrices": lambda: figures.matrices({"a": torch.rand(6, 6), "b": torch.rand(6, 6)}, classes=3, unit="cosine"),
+    "confusions": lambda: figures.confusions(torch.rand(5, 3, 1, 28, 28)),
     "families": lambda: figures.families(three_tasks()),
 }
 
@@ -100,3 +119,51 @@ def test_a_table_is_markdown_with_figures_to_the_right() -> None:
     assert shown._repr_markdown_() == shown and shown._repr_html_() is None
     with pytest.raises(ValueError, match="head has 2 columns but a row has 3"):
         figures.table(("a", "b"), (1, 2, 3))
+
+
+# --- what a reader moves ---
+
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+MOVES = """
+<script>
+const box = document.querySelector("div[id^=plane]"), found = [];
+const press = (point, key) => point.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const [first, query] = [...box.querySelectorAll(".move")].filter((_, i, all) => i === 0 || i === all.length - 1);
+for (const way of box.querySelectorAll("input")) {
+  way.click();
+  found.push(JSON.parse(box.dataset.probabilities));
+  press(first, "ArrowRight"); press(query, "ArrowUp");
+  found.push(JSON.parse(box.dataset.probabilities));
+}
+document.body.dataset.found = JSON.stringify(found);
+</script>
+"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
+def test_the_page_computes_what_the_package_computes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    support = 4 * torch.rand(6, 2, generator=generator, dtype=torch.float64) - 2
+    labels, query = torch.arange(3).repeat(2), torch.tensor([0.5, -0.3], dtype=torch.float64)
+    page = tmp_path / "page.html"
+    shown = figures.movable_plane(support, labels, query)
+    page.write_text(f'<!doctype html><meta charset="utf-8"><body>{shown}{MOVES}</body>', encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    run = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    written = re.search(r'data-found="([^"]*)"', run.stdout)
+    assert written, run.stdout[-2000:]
+    found = torch.tensor(json.loads(html.unescape(written[1])), dtype=torch.float64)
+
+    def expected(method: int) -> torch.Tensor:
+        if method == 2:
+            cosines = F.normalize(query[None, None], dim=-1) @ F.normalize(support[None], dim=-1).mT
+            return attend(10 * cosines, labels[None], 3).softmax(-1)[0, 0]
+        prototypes = class_means(support[None], labels[None], 3)
+        return similarity(query[None, None], prototypes, "cosine" if method else "squared").softmax(-1)[0, 0]
+
+    for step in range(6):
+        assert torch.allclose(found[step], expected(step // 2), atol=1e-4), step
+        if step % 2 == 0:
+            support[0, 0], query[1] = support[0, 0] + 0.1, query[1] + 0.1

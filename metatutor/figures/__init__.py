@@ -7,6 +7,8 @@ size, in colours that colour-blind readers can tell apart. Images are `[height, 
 from metatutor.figures.concepts import families
 from metatutor.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
 from metatutor.figures.images import adaptation, answers, characters, task
+from metatutor.figures.interactive import movable_plane
+from metatutor.figures.metric import confusions, embedding, matrices, plane
 from metatutor.figures.shown import Shown, live, stepper, table
 from metatutor.figures.style import COLOURS, Picture
 
@@ -20,11 +22,16 @@ __all__ = [
     "by_layer",
     "certainty",
     "characters",
+    "confusions",
+    "embedding",
     "families",
     "intervals",
     "learning_curve",
     "lines",
     "live",
+    "matrices",
+    "movable_plane",
+    "plane",
     "slopes",
     "stepper",
     "table",
