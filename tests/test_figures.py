@@ -123,9 +123,8 @@ def test_a_table_is_markdown_with_figures_to_the_right() -> None:
 
 # --- what a reader moves ---
 
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
 MOVES = """
 <script>
 const box = document.querySelector("div[id^=plane]"), found = [];
