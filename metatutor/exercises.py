@@ -150,6 +150,27 @@ def _number(
     return Verdict(False, f"{answer:,.6g} {too[answer > right]}")
 
 
+def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
+    """Judge an answer by a condition.
+
+    Args:
+        answer: the reader's; `...` while there is none.
+        right: what must hold of it.
+
+    Returns:
+        A verdict that gives nothing away.
+
+    Example:
+        >>> check(2, lambda n: n**2 == 4)
+        ✓ Right.
+        >>> check(..., lambda n: n**2 == 4)
+        ✗ No answer yet: replace the dots and run the cell again.
+    """
+    if answer is ... or (isinstance(answer, tuple) and any(part is ... for part in answer)):
+        return Verdict(False, _NOTHING_YET)
+    return Verdict(True, "Right.") if right(answer) else Verdict(False, "Not yet. Open the hint, and try again.")
+
+
 # --- answers that are a task ---
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet, Normalization, Pooling
+from metatutor.backbones import ConvBlock, ConvNet, Normalization, Pooling
 
 
 def n_parameters(network: nn.Module) -> int:
@@ -231,3 +231,27 @@ def test_mistakes_are_named(options: dict[str, Any], message: str):
     valid: dict[str, Any] = {"n_outputs": 5}
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ConvNet(**valid | options)
+
+
+def test_without_a_last_layer_it_embeds():
+    network, images = ConvNet(filters=4), torch.rand(2, 1, 28, 28)
+    assert torch.equal(network(images), network.embed(images))
+    assert network(images).shape == (2, network.embedding_size)
+    assert not [name for name, _ in network.named_parameters() if name.startswith("head")]
+
+
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+def test_only_the_first_blocks_halve(pooling: Pooling):
+    network = ConvNet(filters=4, pooling=pooling, n_halving=2)
+    assert network.features(torch.rand(2, 1, 28, 28)).shape == (2, *network.feature_shape) == (2, 4, 7, 7)
+    with pytest.raises(ValueError, match="n_halving must be from 0 to n_blocks = 4, got 5"):
+        ConvNet(n_halving=5)
+
+
+@pytest.mark.parametrize("pooling", ["stride", "max"])
+@pytest.mark.parametrize("normalization", ["batch", "support", "group"])
+def test_a_block_of_pairs_is_the_block_of_stacked_pairs(pooling: Pooling, normalization: Normalization):
+    block = ConvBlock(5, 4, pooling, normalization).double()
+    first, second = torch.rand(3, 2, 8, 8, dtype=torch.float64), torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    pairs = torch.stack([torch.cat([a, b]) for b in second for a in first])
+    assert torch.allclose(block.of_pairs(first, second, 6), block(pairs, 6))

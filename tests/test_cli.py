@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from metatutor.cli import main
-from metatutor.recording import FILES, RunConfig, load_config, load_run, results_folder, run_names
+from metatutor.recording import FILES, RunConfig, load_config
 from tests.test_recording import TINY
 
 TRAIN = [
@@ -111,13 +111,3 @@ def test_what_the_parser_refuses_has_status_2_and_no_traceback(
         main(arguments)
     assert exit_.value.code == 2
     assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", run_names())
-def test_recorded_weights_give_the_recorded_accuracy(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = load_run(name)
-    if run.config.data.source == "omniglot":
-        assert results_folder().name == "results"  # checked with the real data in test_results.py
-        return
-    main(["evaluate", name, "--n-episodes", "100"])
-    assert "±" in capsys.readouterr().out

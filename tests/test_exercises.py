@@ -11,6 +11,7 @@ from math import comb
 import pytest
 import torch
 
+from metatutor import exercises
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.exercises import Verdict, check_episode, check_episodes_needed, check_overlap, check_task_count, game
 
@@ -138,3 +139,13 @@ def test_a_game_is_for_one_shot_tasks() -> None:
     images, labels = torch.rand(1, 6, 1, 28, 28), torch.arange(3).repeat_interleave(2)[None]
     with pytest.raises(ValueError, match="1-shot"):
         game(Episode(images, labels, images, labels, n_way=3), labels, rival="nobody")
+
+
+def test_a_condition_is_asked_only_of_an_answer():
+    def never(answer: object) -> bool:
+        raise AssertionError
+
+    for nothing in (..., (1, ...)):
+        assert "No answer yet" in repr(exercises.check(nothing, never)) and not exercises.check(nothing, never)
+    assert exercises.check(3, lambda n: n == 3)
+    assert "Not yet" in repr(exercises.check(4, lambda n: n == 3)) and not exercises.check(4, lambda n: n == 3)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
 from metatutor.evaluation import Evaluation
+from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import MAMLConfig
 from metatutor.recording import (
     FILES,
@@ -42,12 +43,23 @@ TINY = RunConfig(
 )
 PRETRAINED = replace(TINY, learner=PretrainedCosineConfig())
 UNTRAINED = replace(TINY, learner=NearestPixelsConfig(), train=None)
+METRIC = replace(
+    TINY,
+    learner=PrototypicalConfig(),
+    network=NetworkConfig(filters=4, n_blocks=2, pooling="max", normalization="group"),
+    n_way=8,
+    evaluation=replace(TINY.evaluation, n_way=5),
+)
 CONFIGS = [
     TINY,
     PRETRAINED,
     UNTRAINED,
     replace(TINY, learner=PretrainedFinetunedConfig(steps=2)),
     replace(TINY, learner=ScratchConfig(steps=2), train=None),
+    METRIC,
+    replace(METRIC, learner=MatchingConfig(full_context=True)),
+    replace(METRIC, learner=SiameseConfig(finetune_steps=1)),
+    replace(METRIC, learner=RelationConfig(), network=replace(METRIC.network, n_halving=1)),
     replace(TINY, data=DataConfig(split="lake", rotations=False), network=NetworkConfig(normalization="group")),
 ]
 
@@ -122,7 +134,7 @@ def test_seeds_of_training_matter(recorded: tuple[Path, Evaluation], tmp_path: P
     assert not torch.equal(first["network.head.weight"], second["network.head.weight"])
 
 
-@pytest.mark.parametrize("config", [PRETRAINED, UNTRAINED], ids=["pretrained", "untrained"])
+@pytest.mark.parametrize("config", [PRETRAINED, UNTRAINED, METRIC], ids=["pretrained", "untrained", "metric"])
 def test_other_methods_go_the_same_way(config: RunConfig, tmp_path: Path) -> None:
     evaluation = run_training(config, tmp_path / "run", device="cpu", progress_bar=False)
     learner = load_learner(tmp_path / "run", config)
@@ -177,6 +189,18 @@ def test_a_run_may_be_tested_with_another_number_of_shots(tmp_path: Path) -> Non
     validation = [read_history(tmp_path / k_shot / "history.csv")[-1]["validation_accuracy"] for k_shot in "12"]
     assert weights[0] == weights[1]
     assert validation[0] == validation[1]  # on tasks like those of training
+
+
+def test_a_metric_run_may_be_tested_with_another_number_of_ways(tmp_path: Path) -> None:
+    evaluation = run_training(METRIC, tmp_path / "run", progress_bar=False)
+    assert (METRIC.train_spec.n_way, METRIC.validation_spec.n_way, evaluation.n_way) == (8, 8, 5)
+    assert "network.head.weight" not in load_file(tmp_path / "run" / "model.safetensors")
+
+
+@pytest.mark.parametrize("learner", [MAMLConfig(), ScratchConfig()], ids=lambda learner: learner.method)
+def test_a_last_layer_is_for_the_ways_of_its_training(learner: MAMLConfig | ScratchConfig) -> None:
+    with pytest.raises(ValueError, match=r"evaluation\.n_way = 20 but a last layer for n_way = 5"):
+        replace(TINY, learner=learner, evaluation=EvaluationConfig(n_way=20))
 
 
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def embedding(
             stamp(axes, episode.support_images[0, i], x, y, colour_of(label), side=0.22)
         axes.set(title=f"{title} ({share:.0%} of the variance)", xlim=(-1.2, 1.2), ylim=(-1.2, 1.2), aspect="equal")
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         axes.grid(visible=False)
     return figure
 
@@ -114,7 +115,7 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
     Example:
         >>> figure = matrices({"pixels": torch.rand(6, 6)}, classes=3, unit="cosine")
     """
-    figure = picture(WIDTH / len(panels) + 0.9)
+    figure = picture(WIDTH / len(panels) + 1.3)
     shaded = None
     drawn = figure.subplots(1, len(panels), squeeze=False)[0]
     low = min(table.min().item() for table in panels.values())
@@ -131,7 +132,7 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
         axes.tick_params(length=0)
         axes.grid(visible=False)
     assert shaded is not None
-    figure.colorbar(shaded, ax=drawn, location="bottom", shrink=0.6, label=unit)
+    figure.colorbar(shaded, ax=drawn, location="bottom", shrink=0.8, label=unit, ticks=[-1, -0.5, 0, 0.5, 1])
     return figure
 
 
@@ -147,7 +148,7 @@ def confusions(rows: Float[Tensor, "n 3 1 h w"]) -> Picture:
     """
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)
-    figure = picture(lines * 3.1 * WIDTH / columns / 1.15)
+    figure = picture(lines * 3.3 * WIDTH / (1.15 * columns + 0.9))
     axes = figure.subplots()
     for i, images in enumerate(rows):
         x, top = 1.15 * (i % columns), 3.3 * (i // columns)

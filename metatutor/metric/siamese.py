@@ -50,11 +50,14 @@ class Siamese(MetricLearner):
     """Learns whether two images show the same class, and answers with the class of the best match.
 
     `P(same | x, y) = sigmoid(sum over j of weight[j] |f(x)[j] - f(y)[j]| + bias)`. Training sees pairs, not classes:
-    every query image with every support image, and the mean binary cross-entropy in which equal and unequal pairs
-    weigh the same in all. The logit of a class is that of its best matching support image.
+    the mean binary cross-entropy over every query image with every support image. The logit of a class is that of its
+    best matching support image.
+
+    Two things differ from the paper: `f` ends in a ReLU, not a sigmoid, and pairs are not drawn half equal, half
+    unequal; a task has `n_way - 1` unequal pairs for each equal one. Both were measured to be better.
 
     Args:
-        network: the embedding `f`, here through a sigmoid as in the paper; a last layer is not used.
+        network: the embedding `f`; a last layer, if it has one, is not used.
         finetune_steps: see `MetricLearner`.
         finetune_lr: see `MetricLearner`.
 
@@ -81,11 +84,12 @@ class Siamese(MetricLearner):
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         self.config = SiameseConfig("siamese", finetune_steps, finetune_lr)
         self.same = nn.Linear(network.embedding_size, 1)
+        nn.init.constant_(self.same.weight, -(network.embedding_size**-0.5))  # it begins as a distance: less same
 
     def pair_logits(self, episode: Episode) -> Float[Tensor, "task query support"]:
         """The logit of "the same" for every query image with every support image."""
         support, query = self.embed(episode)
-        return self.same((query.sigmoid()[:, :, None] - support.sigmoid()[:, None]).abs()).squeeze(-1)
+        return self.same((query[:, :, None] - support[:, None]).abs()).squeeze(-1)
 
     def compare(self, episode: Episode) -> Logits:
         """Each class's best match."""
@@ -93,8 +97,6 @@ class Siamese(MetricLearner):
         return pairs[:, :, None].masked_fill(others, -torch.inf).amax(-1)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Binary cross-entropy over the pairs: half of the weight for the equal, half for the unequal."""
+        """The mean binary cross-entropy over all pairs of a query and a support image."""
         same = episode.query_labels[:, :, None] == episode.support_labels[:, None]
-        logits = self.pair_logits(episode)
-        of_pairs = F.binary_cross_entropy_with_logits(logits, same.to(logits.dtype), reduction="none")
-        return (of_pairs[same].mean() + of_pairs[~same].mean()) / 2
+        return F.binary_cross_entropy_with_logits(self.pair_logits(episode), same.to(episode.support_images.dtype))

@@ -1,0 +1,34 @@
+"""Recorded weights reproduce the recorded accuracy, on the first of the recorded tasks."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from metatutor.data import Splits
+from metatutor.recording import DataConfig, evaluate_learner, load_run, run_names
+
+N_EPISODES = 20
+_loaded: dict[DataConfig, Splits] = {}
+
+
+def splits_of(config: DataConfig) -> Splits:
+    if config.source == "omniglot" and not os.environ.get("METATUTOR_DATA"):
+        pytest.skip("set METATUTOR_DATA to a folder with the real Omniglot")
+    if config not in _loaded:
+        _loaded[config] = config.load()
+    return _loaded[config]
+
+
+@pytest.mark.parametrize("name", run_names())
+def test_recorded_weights_give_the_recorded_accuracy(name: str):
+    run = load_run(name)
+    splits = splits_of(run.config.data)
+    found = evaluate_learner(run.learner(), splits, run.config, n_episodes=N_EPISODES)
+    recorded = run.evaluation
+    for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive"):
+        assert getattr(found, field) == recorded[field]
+    # Four standard errors of a mean over so few tasks. A wrong network is off by far more.
+    allowed = 4 * recorded["ci95"] / 1.96 * (recorded["n_episodes"] / N_EPISODES) ** 0.5
+    assert abs(found.accuracy - recorded["accuracy"]) < allowed
