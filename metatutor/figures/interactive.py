@@ -29,6 +29,7 @@ def movable_plane(
         HTML with its script.
 
     Example:
+        >>> import torch
         >>> "prototype" in movable_plane(torch.zeros(2, 2), torch.arange(2), torch.ones(2))
         True
     """
