@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from metatutor.allocator import keep_freed_memory_once
 from metatutor.backbones import ConvNet
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 
@@ -83,6 +84,7 @@ class NetworkLearner(Learner):
     def __init__(self, network: ConvNet) -> None:
         super().__init__()
         self.network = network
+        keep_freed_memory_once()
 
     @property
     def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -12,6 +12,9 @@ import pytest
 from metatutor import allocator
 from metatutor.allocator import keep_freed_memory, keep_freed_memory_once
 from metatutor.backbones import ConvNet
+from metatutor.baselines import PretrainedCosine
+from metatutor.learner import NetworkLearner
+from metatutor.metric import Prototypical
 from metatutor.optimization import MAML
 
 GLIBC = platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"
@@ -89,11 +92,12 @@ def test_the_environment_may_forbid_it(monkeypatch: pytest.MonkeyPatch, setting:
     assert len(calls) == asked  # once
 
 
-def test_maml_asks_for_it(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("method", [MAML, Prototypical, PretrainedCosine])
+def test_learners_ask_for_it(monkeypatch: pytest.MonkeyPatch, method: type[NetworkLearner]):
     calls = []
     monkeypatch.setattr(allocator, "keep_freed_memory", lambda: calls.append(True) or True)
     for _ in range(2):
-        MAML(ConvNet(5, filters=4))
+        method(ConvNet(5, filters=4))
     assert calls == [True]
 
 

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.allocator import keep_freed_memory_once
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
 from metatutor.learner import NetworkLearner, Parameters
@@ -110,7 +109,6 @@ class MAML(NetworkLearner):
             raise ValueError(f"tasks_per_chunk must be positive, got {tasks_per_chunk}")
         self.config = MAMLConfig("maml", inner_lr, inner_steps, test_inner_steps, first_order, adapt)
         self.tasks_per_chunk = tasks_per_chunk
-        keep_freed_memory_once()
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Adapt to each support set, then answer the query images."""
