@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -131,8 +132,9 @@ def test_full_context_by_a_loop():
             assert torch.isclose(method(task)[0, q, label].exp(), of_class, rtol=1e-9)
 
 
-def test_relation_by_a_loop():
-    task, method = episode(1), learner("relation")
+@pytest.mark.parametrize("over_shots", ["mean", "sum"])
+def test_relation_by_a_loop(over_shots: Literal["mean", "sum"]):
+    task, method = episode(1), learner("relation", over_shots=over_shots)
     assert isinstance(method, Relation)
     images = torch.cat([task.support_images[0], task.query_images[0]])
     features = method.network.features(images)
@@ -141,7 +143,10 @@ def test_relation_by_a_loop():
     for x in query:
         for c in range(task.n_way):
             members = [s for s, label in zip(support, task.support_labels[0], strict=True) if label == c]
-            pairs.append(torch.cat([torch.stack(members).sum(0), x]))  # channels of the class, then of the query
+            shots = len(members) if over_shots == "mean" else 1
+            pairs.append(
+                torch.cat([torch.stack(members).sum(0) / shots, x])
+            )  # channels of the class, then of the query
     found = torch.stack(pairs)
     for block in (method.first, method.second):
         found = block(found, None)
@@ -323,6 +328,7 @@ def test_training_is_not_finetuned(name: str):
         (lambda: Matching(small(), scale=0.0), "scale must be positive"),
         (lambda: Matching(small(), reading_steps=0), "reading_steps must be positive"),
         (lambda: Relation(small(), hidden=0), "hidden must be positive"),
+        (lambda: Relation(small(), over_shots="max"), "over_shots"),  # pyright: ignore[reportArgumentType]
         (lambda: Relation(small(), loss="mae"), "loss"),  # pyright: ignore[reportArgumentType]
         (lambda: Relation(ConvNet(filters=4)), "leave nothing to compare"),
     ],

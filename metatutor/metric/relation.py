@@ -37,6 +37,7 @@ class RelationConfig:
     method: Literal["relation"] = "relation"
     hidden: int = 8
     loss: Literal["mse", "cross-entropy"] = "mse"
+    over_shots: Literal["mean", "sum"] = "mean"
     finetune_steps: int = 0
     finetune_lr: float = 0.01
 
@@ -45,6 +46,8 @@ class RelationConfig:
             raise ValueError(f"hidden must be positive, got {self.hidden}")
         if self.loss not in ("mse", "cross-entropy"):
             raise ValueError(f"loss must be 'mse' or 'cross-entropy', got {self.loss!r}")
+        if self.over_shots not in ("mean", "sum"):
+            raise ValueError(f"over_shots must be 'mean' or 'sum', got {self.over_shots!r}")
         check_finetuning(self.finetune_steps, self.finetune_lr)
 
     def build(self, network: ConvNet) -> Relation:
@@ -56,9 +59,9 @@ class RelationConfig:
 class Relation(MetricLearner):
     """Answers with the class to which a learnt comparison finds the query most related.
 
-    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter the sum
-    over its support images, are laid on top of each other as channels, and a small convolutional network `r` looks at
-    both. Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits
+    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter the
+    mean over its support images, are laid on top of each other as channels, and a small convolutional network `r` looks
+    at both. Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits
     are those of the sigmoid.
 
     Args:
@@ -66,6 +69,8 @@ class Relation(MetricLearner):
             `ConvNet(..., pooling="max", n_halving=2)`.
         hidden: width of the last hidden layer of `r`.
         loss: `"mse"` as in the paper, or `"cross-entropy"` over the classes.
+        over_shots: `"mean"`, with which the number of shots may change after training, or `"sum"` as in the paper, with
+            which it may not: five shots then make feature maps five times as large as one. With one shot they agree.
         finetune_steps: see `MetricLearner`.
         finetune_lr: see `MetricLearner`.
 
@@ -89,11 +94,12 @@ class Relation(MetricLearner):
         *,
         hidden: int = RelationConfig.hidden,
         loss: Literal["mse", "cross-entropy"] = RelationConfig.loss,
+        over_shots: Literal["mean", "sum"] = RelationConfig.over_shots,
         finetune_steps: int = RelationConfig.finetune_steps,
         finetune_lr: float = RelationConfig.finetune_lr,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = RelationConfig("relation", hidden, loss, finetune_steps, finetune_lr)
+        self.config = RelationConfig("relation", hidden, loss, over_shots, finetune_steps, finetune_lr)
         filters, size, _ = network.feature_shape
         if size < 4:
             raise ValueError(
@@ -117,6 +123,8 @@ class Relation(MetricLearner):
             return self.relate(maps[n_support:], classes)
 
         members = F.one_hot(episode.support_labels, n_way).to(episode.support_images.dtype)  # [task, support, way]
+        if self.config.over_shots == "mean":
+            members = members / members.sum(1, keepdim=True)
         return each_task(of_task, episode.support_images, members, episode.query_images)
 
     def relate(
