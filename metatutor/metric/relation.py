@@ -59,9 +59,9 @@ class RelationConfig:
 class Relation(MetricLearner):
     """Answers with the class to which a learnt comparison finds the query most related.
 
-    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter the
-    mean over its support images, are laid on top of each other as channels, and a small convolutional network `r` looks
-    at both. Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits
+    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter their
+    mean over its support images, are laid on top of each other as channels, and a small convolutional network `r` looks at
+    both. Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits
     are those of the sigmoid.
 
     Args:
