@@ -59,10 +59,10 @@ class RelationConfig:
 class Relation(MetricLearner):
     """Answers with the class to which a learnt comparison finds the query most related.
 
-    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter their
-    mean over its support images, are laid on top of each other as channels, and a small convolutional network `r` looks at
-    both. Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits
-    are those of the sigmoid.
+    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter
+    their mean over its support images, are laid on top of each other as channels, and a small convolutional network
+    `r` looks at both. Training: the mean squared error of the score against 1 for the right class and 0 for the
+    others. The logits are those of the sigmoid.
 
     Args:
         network: whose feature maps `f` are compared; they must be 4×4 pixels or larger, such as the 7×7 of
