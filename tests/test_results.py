@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import pytest
 
@@ -10,15 +11,13 @@ from metatutor.data import Splits
 from metatutor.recording import DataConfig, evaluate_learner, load_run, run_names
 
 N_EPISODES = 20
-_loaded: dict[DataConfig, Splits] = {}
 
 
+@cache
 def splits_of(config: DataConfig) -> Splits:
     if config.source == "omniglot" and not os.environ.get("METATUTOR_DATA"):
         pytest.skip("set METATUTOR_DATA to a folder with the real Omniglot")
-    if config not in _loaded:
-        _loaded[config] = config.load()
-    return _loaded[config]
+    return config.load()
 
 
 @pytest.mark.parametrize("name", run_names())

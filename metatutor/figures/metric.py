@@ -88,10 +88,9 @@ def embedding(
         both = torch.cat([support, query]).double()
         centred = both - both.mean(0)
         principal = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-        placed = centred @ principal.T
-        placed = placed / placed.abs().max()
-        shown = centred.pow(2).sum().clamp_min(1e-12)
-        share = (centred @ principal.T).pow(2).sum() / shown
+        projected = centred @ principal.T
+        share = projected.pow(2).sum() / centred.pow(2).sum()
+        placed = projected / projected.abs().max()
         for (x, y), label in zip(placed[len(support) :].tolist(), asked, strict=True):
             axes.plot(x, y, MARKERS[label % len(MARKERS)], color=colour_of(label), mec="white", mew=0.4)
         for i, ((x, y), label) in enumerate(zip(placed[: len(support)].tolist(), labels, strict=True)):

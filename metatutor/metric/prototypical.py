@@ -47,9 +47,8 @@ class PrototypicalConfig:
 
     def build(self, network: ConvNet) -> Prototypical:
         """The learner with these arguments."""
-        return Prototypical(
-            network, distance=self.distance, finetune_steps=self.finetune_steps, finetune_lr=self.finetune_lr
-        )
+        arguments = {name: value for name, value in vars(self).items() if name != "method"}
+        return Prototypical(network, **arguments)
 
 
 class Prototypical(MetricLearner):
