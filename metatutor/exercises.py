@@ -10,7 +10,7 @@ import base64
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from math import ceil, comb, perm
 from string import Template
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
 from metatutor.figures import Shown
+from metatutor.learner import Learner
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,94 @@ def check_episodes_needed(answer: object, accuracies: Float[Tensor, " task"], ha
     needed = (1.96 * deviation / half_width) ** 2
     too = ("is too small: with so few tasks the interval is wider than asked.", "would do, but fewer tasks do too.")
     return _number(answer, needed, mistakes, within=1, too=too)
+
+
+def check_prototype_probability(
+    answer: object, support: Float[Tensor, " support"], labels: Int64[Tensor, " support"], query: float
+) -> Verdict:
+    """Judge the probability that a Prototypical Network gives to class 0, for embeddings of one number.
+
+    Args:
+        answer: the reader's probability, 0–1.
+        support: embeddings of the support images.
+        labels: their classes.
+        query: embedding of the query image.
+
+    Returns:
+        A verdict; a millionth away is right.
+
+    Example:
+        >>> check_prototype_probability(0.5, torch.tensor([1.0, 4.0]), torch.tensor([0, 1]), query=2.0)
+        ✗ 0.5 is too small.
+    """
+    prototypes = torch.stack([support[labels == c].double().mean() for c in range(int(labels.max()) + 1)])
+    distances = (query - prototypes).abs()
+    right, unsquared, upside_down = ((-d).softmax(0)[0].item() for d in (distances**2, distances, -(distances**2)))
+    mistakes = {
+        unsquared: "is what you get without the square of the distances.",
+        upside_down: "gives the far prototype the larger share; mind the minus.",
+    }
+    return _number(answer, right, mistakes, within=1e-6)
+
+
+def check_kept_numbers(answer: object, n_classes: int, k_shot: int, embedding_size: int) -> Verdict:
+    """Judge how many numbers must be kept of the support images: with prototypes, and with Matching Networks.
+
+    Args:
+        answer: the reader's pair of numbers.
+        n_classes: classes met.
+        k_shot: images of each.
+        embedding_size: numbers in an embedding.
+
+    Returns:
+        A verdict that names the one that is wrong.
+
+    Example:
+        >>> check_kept_numbers((6, 6), n_classes=3, k_shot=2, embedding_size=2)
+        ✗ Matching: 6 keeps one vector a class, but every support image votes.
+    """
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        return Verdict(False, "The answer should be two numbers.")
+    one_each, all_kept = n_classes * embedding_size, n_classes * k_shot * embedding_size
+    averaged: dict[float, str] = {all_kept: "keeps every image, but only the mean of a class is asked for later."}
+    voted: dict[float, str] = {one_each: "keeps one vector a class, but every support image votes."}
+    for name, part, right, mistakes in (
+        ("Prototypes", answer[0], one_each, averaged),
+        ("Matching", answer[1], all_kept, voted),
+    ):
+        verdict = _number(part, right, mistakes)
+        if not verdict:
+            return verdict if part is ... else Verdict(False, f"{name}: {verdict.why}")
+    return Verdict(True, f"{one_each:,} against {all_kept:,}.")
+
+
+def check_mode(answer: object, learner: Learner, task: Episode) -> Verdict:
+    """Judge whether a learner is `"inductive"` or `"transductive"`, by asking it one query image alone.
+
+    Args:
+        answer: the reader's word.
+        learner: what the word is about.
+        task: with more than one query image.
+
+    Returns:
+        A verdict with the largest change of a logit as evidence, if the word is right.
+
+    Example:
+        >>> from metatutor.baselines import NearestPixels
+        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5)[None]
+        >>> check_mode("inductive", NearestPixels(), Episode(images, labels, images, labels, n_way=5))
+        ✓ Right: asked alone, the first query image gets logits that differ by 0.000.
+    """
+    if answer is ...:
+        return Verdict(False, _NOTHING_YET)
+    if answer not in ("inductive", "transductive"):
+        return Verdict(False, 'The answer should be "inductive" or "transductive".')
+    alone = replace(task, query_images=task.query_images[:, :1], query_labels=task.query_labels[:, :1])
+    with torch.no_grad():
+        change = (learner(alone) - learner(task)[:, :1]).abs().max().item()
+    if (answer == "transductive") != (change > 1e-3):
+        return Verdict(False, "Ask the first query image alone, then with the others, and compare the logits.")
+    return Verdict(True, f"Right: asked alone, the first query image gets logits that differ by {change:.3f}.")
 
 
 def _number(

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from metatutor import exercises
+from metatutor.baselines import NearestPixels
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.exercises import Verdict, check_episode, check_episodes_needed, check_overlap, check_task_count, game
+from metatutor.learner import Learner
 
 SPEC = EpisodeSpec(n_way=3, k_shot=2, n_query=2)
 SOME = torch.tensor([0.2, 0.4, 0.6, 0.8])
@@ -149,3 +151,46 @@ def test_a_condition_is_asked_only_of_an_answer():
         assert "No answer yet" in repr(exercises.check(nothing, never)) and not exercises.check(nothing, never)
     assert exercises.check(3, lambda n: n == 3)
     assert "Not yet" in repr(exercises.check(4, lambda n: n == 3)) and not exercises.check(4, lambda n: n == 3)
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"), [(0.9999938558, ""), (0.5, "small"), (0.8807970780, "square"), (6.1442e-06, "minus")]
+)
+def test_prototype_probability(answer: float, says: str) -> None:
+    numbers, classes = torch.tensor([1.0, 3.0, 6.0, 10.0]), torch.tensor([0, 0, 1, 1])
+    verdict = exercises.check_prototype_probability(answer, numbers, classes, query=4.0)
+    assert bool(verdict) == (says == "") and says in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((6, 12), ""),
+        ((12, 12), "Prototypes: 12 keeps"),
+        ((6, 6), "Matching: 6 keeps"),
+        ((6, ...), "No answer"),
+        (6, "two"),
+    ],
+)
+def test_kept_numbers(answer: object, says: str) -> None:
+    verdict = exercises.check_kept_numbers(answer, n_classes=3, k_shot=2, embedding_size=2)
+    assert bool(verdict) == (says == "") and says in verdict.why
+
+
+class QueryMean(Learner):
+    """Nearest class to the mean of all query images."""
+
+    def forward(self, episode: Episode) -> torch.Tensor:
+        mean = episode.query_images.mean((1, 2, 3, 4), keepdim=True)[..., 0, 0, 0]
+        return mean.expand(*episode.query_labels.shape, 1).repeat(1, 1, episode.n_way)
+
+
+def test_mode_is_found_by_asking() -> None:
+    labels = torch.arange(5)[None]
+    images = (labels / 5)[:, :, None, None, None].expand(1, 5, 1, 28, 28)
+    task = Episode(images, labels, images, labels, n_way=5)
+    for learner, right in ((NearestPixels(), "inductive"), (QueryMean(), "transductive")):
+        for answer in ("inductive", "transductive"):
+            assert bool(exercises.check_mode(answer, learner, task)) == (answer == right)
+    assert "No answer" in exercises.check_mode(..., NearestPixels(), task).why
+    assert "should be" in exercises.check_mode("both", NearestPixels(), task).why
