@@ -1,13 +1,13 @@
 """metatutor: meta-learning for convolutional networks, each method tested against its paper."""
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import MLP, ConvNet
 from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
 from metatutor.data import Omniglot, Splits, Strokes
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate
 from metatutor.learner import Learner
 from metatutor.metric import Matching, Prototypical, Relation, Siamese
-from metatutor.optimization import MAML
+from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.recording import load_run, run_names
 from metatutor.training import TrainConfig, train
 
@@ -15,20 +15,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAML",
+    "MLP",
     "ClassImages",
     "ConvNet",
     "Episode",
     "EpisodeSampler",
     "EpisodeSpec",
     "Evaluation",
+    "ImplicitMAML",
     "Learner",
     "Matching",
+    "MetaLSTM",
     "NearestPixels",
     "Omniglot",
     "PretrainedCosine",
     "PretrainedFinetuned",
     "Prototypical",
     "Relation",
+    "Reptile",
     "Scratch",
     "Siamese",
     "Splits",

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.optimization.maml import MAML
 
@@ -32,6 +32,7 @@ class Movement:
             the same.
 
     Example:
+        >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> moved = what_moved(MAML(ConvNet(n_outputs=5, filters=8)), Episode(images, labels, images, labels, n_way=5))
         >>> list(moved.change), moved.change["conv 1"].shape
@@ -75,16 +76,19 @@ def what_moved(learner: MAML, episode: Episode, inner_steps: int | None = None) 
         return Movement(change, {name: torch.stack(values) for name, values in similarity.items()})
 
 
-def layers(network: ConvNet) -> dict[str, str]:
+def layers(network: Network) -> dict[str, str]:
     """The layers of a network: the prefix of their parameters' names to a name for readers.
 
     Example:
+        >>> from metatutor import ConvNet
         >>> list(layers(ConvNet(n_outputs=5, filters=8, n_blocks=2, hidden=(16,))).items())[1:]
         [('blocks.1', 'conv 2'), ('hidden.0', 'linear 1'), ('head', 'linear 2')]
     """
-    blocks = {f"blocks.{i}": f"conv {i + 1}" for i in range(len(network.blocks))}
-    hidden = {f"hidden.{i}": f"linear {i + 1}" for i in range(len(network.hidden))}
-    return blocks | hidden | {"head": f"linear {len(hidden) + 1}"}
+    prefixes = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters())
+    blocks = [prefix for prefix in prefixes if prefix.startswith("blocks.")]
+    linear = [prefix for prefix in prefixes if prefix not in blocks]
+    numbered = {"conv": blocks, "linear": linear}
+    return {prefix: f"{kind} {i}" for kind, of_kind in numbered.items() for i, prefix in enumerate(of_kind, 1)}
 
 
 def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:
@@ -150,7 +154,7 @@ def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Flo
 
 
 def query_outputs(
-    network: ConvNet, parameters: Parameters, episode: Episode
+    network: Network, parameters: Parameters, episode: Episode
 ) -> dict[str, Float[Tensor, "query feature"]]:
     """What each layer makes of the query images of one task, normalised as the network's policy says.
 
@@ -163,6 +167,7 @@ def query_outputs(
         Layer (as in `layers`) to its output, flattened.
 
     Example:
+        >>> from metatutor import ConvNet
         >>> network, images = ConvNet(n_outputs=5, filters=8), torch.rand(1, 5, 1, 28, 28)
         >>> episode = Episode(images, torch.arange(5)[None], images, torch.arange(5)[None], n_way=5)
         >>> query_outputs(network, dict(network.named_parameters()), episode)["linear 1"].shape

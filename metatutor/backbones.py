@@ -18,7 +18,67 @@ Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
 
 
-class ConvNet(nn.Module):
+class Network(nn.Module):
+    """What learners know of a backbone: `forward(images, n_support)`, and how it normalises.
+
+    Attributes:
+        n_outputs: numbers that come out for an image; None: an embedding.
+        normalization: a policy of `ConvNet`, or `"none"`.
+        largest_activation: numbers in the largest activation of one image, if known.
+
+    Example:
+        >>> isinstance(ConvNet(), Network) and isinstance(MLP(), Network)
+        True
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 5: one algorithm, networks of any kind.
+    """
+
+    n_outputs: int | None
+    normalization: str = "none"
+    largest_activation: int = 0
+
+    @property
+    def transductive(self) -> bool:
+        """Whether the logits of one image may depend on the other images that are not support."""
+        return self.normalization == "batch"
+
+
+class MLP(Network):
+    """Fully connected layers with ReLU between them, for inputs that are not images.
+
+    Args:
+        n_inputs: numbers that go in.
+        n_outputs: numbers that come out.
+        hidden: widths of the layers between.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Example:
+        >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
+        torch.Size([10, 1])
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 5.1: two hidden layers of 40 for sinusoids.
+    """
+
+    def __init__(self, n_inputs: int = 1, n_outputs: int = 1, *, hidden: Sequence[int] = (40, 40)) -> None:
+        super().__init__()
+        _check_sizes(n_inputs=n_inputs, n_outputs=n_outputs, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
+        self.n_outputs = n_outputs
+        widths = [n_inputs, *hidden]
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.head = nn.Linear(widths[-1], n_outputs)
+
+    def forward(self, inputs: Float[Tensor, "n input"], n_support: int | None = None) -> Float[Tensor, "n output"]:
+        """Outputs of `n` inputs, each by itself."""
+        for layer in self.hidden:
+            inputs = F.relu(layer(inputs))
+        return self.head(inputs)
+
+
+class ConvNet(Network):
     """Blocks of convolution, normalisation and ReLU, each halving the image, then fully connected layers.
 
     With its defaults this is the Conv-4 of the MAML paper's Omniglot experiment; `hidden=(256,)` gives the
@@ -88,7 +148,7 @@ class ConvNet(nn.Module):
         if size < 1:
             raise ValueError(f"{halving} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
         self.n_outputs = n_outputs
-        self.normalization: Normalization = normalization
+        self.normalization: Normalization = normalization  # pyright: ignore[reportIncompatibleVariableOverride]
         self.image_shape = (in_channels, image_size, image_size)
         first = (image_size + 1) // 2 if pooling == "stride" and halving else image_size
         self.largest_activation = filters * first * first  # numbers, of one image: after the first convolution
@@ -106,11 +166,6 @@ class ConvNet(nn.Module):
         if zero_head:
             for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
-
-    @property
-    def transductive(self) -> bool:
-        """Whether the logits of one image may depend on the other images that are not support."""
-        return self.normalization == "batch"
 
     def features(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None

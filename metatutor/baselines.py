@@ -215,6 +215,8 @@ class Scratch(_Untrained, NetworkLearner):
         The network is that of Finn et al. (2017), section 5.2, without its meta-training.
     """
 
+    network: ConvNet  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(
         self,
         network: ConvNet,
@@ -315,6 +317,8 @@ class ClassificationSampler:
 
 class _Pretrained(NetworkLearner):
     """Answers an episode without support with the classifier itself: which is how it is pretrained."""
+
+    network: ConvNet  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, network: ConvNet) -> None:
         super().__init__(network)

@@ -118,7 +118,8 @@ class ClassImages:
 class Episode:
     """A batch of tasks: what a learner may learn from (support) and what it must answer (query).
 
-    Labels run from 0 to `n_way - 1` and mean nothing outside their task.
+    Labels run from 0 to `n_way - 1` and mean nothing outside their task. In a regression task `images` are vectors,
+    `labels` the real-valued targets, `[task, support, output]`, and `n_way` says how many numbers a target has.
 
     Args:
         support_images: pixels from 0 (paper) to 1 (ink).
@@ -137,10 +138,10 @@ class Episode:
         Vinyals et al. (2016), section 4.1.
     """
 
-    support_images: Float[Tensor, "task support channel height width"]
-    support_labels: Int64[Tensor, "task support"]
-    query_images: Float[Tensor, "task query channel height width"]
-    query_labels: Int64[Tensor, "task query"]
+    support_images: Float[Tensor, "task support *image"]
+    support_labels: Int64[Tensor, "task support"] | Float[Tensor, "task support way"]
+    query_images: Float[Tensor, "task query *image"]
+    query_labels: Int64[Tensor, "task query"] | Float[Tensor, "task query way"]
     n_way: int
 
     def __len__(self) -> int:

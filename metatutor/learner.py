@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,16 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metatutor.allocator import keep_freed_memory_once
-from metatutor.backbones import ConvNet
+from metatutor.backbones import Network
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 
 Parameters = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, way] and labels [n], or of outputs and targets [n, output]
+
+
+def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean cross-entropy of class labels, or the mean squared error of real-valued targets."""
+    return F.mse_loss(outputs, targets) if targets.is_floating_point() else F.cross_entropy(outputs, targets)
 
 
 class Learner(nn.Module, ABC):
@@ -65,12 +73,15 @@ class NetworkLearner(Learner):
 
     Args:
         network: maps images and `n_support` to logits; its normalisation policy is the learner's.
+        loss: of the outputs for a task's images and its labels; default: `task_loss`, which takes class labels or
+            real-valued targets.
 
     Example:
         >>> class OneForAll(NetworkLearner):
         ...     def forward(self, episode):
         ...         everyones = {n: p.expand(len(episode), *p.shape) for n, p in self.network.named_parameters()}
         ...         return self.query_logits(episode, everyones)
+        >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> OneForAll(ConvNet(5, filters=4))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
@@ -79,11 +90,14 @@ class NetworkLearner(Learner):
         Finn, Abbeel & Levine (2017), section 3.1.
     """
 
-    network: ConvNet
+    network: Network
+    loss: Loss = staticmethod(task_loss)
 
-    def __init__(self, network: ConvNet) -> None:
+    def __init__(self, network: Network, loss: Loss | None = None) -> None:
         super().__init__()
         self.network = network
+        if loss is not None:
+            self.loss = loss
         keep_freed_memory_once()
 
     @property
@@ -96,11 +110,19 @@ class NetworkLearner(Learner):
         """The network's normalisation policy."""
         return self.network.normalization
 
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean loss of the query images."""
+        return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
+
+    def under(self, parameters: Parameters, method: Callable[..., Any], *arguments: Any) -> Any:
+        """What a method of this learner returns under other parameters, given by their names in the learner."""
+        return functional_call(_Method(self, method), {f"learner.{n}": p for n, p in parameters.items()}, arguments)
+
     def support_losses(self, episode: Episode, parameters: Parameters) -> Float[Tensor, " task"]:
-        """Each task's mean cross-entropy over its support set: what gradient descent on a task descends."""
+        """Each task's loss on its support set: what gradient descent on a task descends."""
 
         def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-            return F.cross_entropy(functional_call(self.network, of_task, (images,)), labels)
+            return self.loss(functional_call(self.network, of_task, (images,)), labels)
 
         return vmap(loss)(parameters, episode.support_images, episode.support_labels)
 
@@ -114,3 +136,14 @@ class NetworkLearner(Learner):
             return functional_call(self.network, of_task, (images, len(support)))[len(support) :]
 
         return vmap(logits)(parameters, episode.support_images, episode.query_images)
+
+
+class _Method(nn.Module):
+    """A method of a module as the `forward` of another, for `functional_call`."""
+
+    def __init__(self, learner: nn.Module, method: Callable[..., Any]) -> None:
+        super().__init__()
+        self.learner, self.method = learner, method
+
+    def forward(self, *arguments: Any) -> Any:
+        return self.method(*arguments)

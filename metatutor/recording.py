@@ -27,7 +27,7 @@ from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, accuracies, evaluate
 from metatutor.learner import Learner
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
-from metatutor.optimization import MAMLConfig
+from metatutor.optimization import ImplicitMAMLConfig, MAMLConfig, MetaLSTMConfig, ReptileConfig
 from metatutor.training import (
     Row,
     TrainConfig,
@@ -41,6 +41,9 @@ from metatutor.training import (
 
 LearnerConfig = Annotated[
     MAMLConfig
+    | ReptileConfig
+    | ImplicitMAMLConfig
+    | MetaLSTMConfig
     | PrototypicalConfig
     | MatchingConfig
     | RelationConfig
@@ -51,6 +54,7 @@ LearnerConfig = Annotated[
     | NearestPixelsConfig,
     Field(discriminator="method"),
 ]
+_ONE_HEAD = MAMLConfig | ReptileConfig | ImplicitMAMLConfig | MetaLSTMConfig | ScratchConfig  # for so many ways only
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluation.json")
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training and test
 
@@ -188,7 +192,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         n_way = self.evaluation.n_way
-        if isinstance(self.learner, MAMLConfig | ScratchConfig) and n_way not in (None, self.n_way):
+        if isinstance(self.learner, _ONE_HEAD) and n_way not in (None, self.n_way):
             raise ValueError(
                 f"evaluation.n_way = {n_way} but a last layer for n_way = {self.n_way} classes; "
                 f"{self.learner.method} is tested with the ways of its training"
@@ -218,7 +222,7 @@ class RunConfig:
             return self.learner.build(self.network.build(self._n_outputs(n_train_classes)))
 
     def _n_outputs(self, n_train_classes: int) -> int | None:
-        if isinstance(self.learner, MAMLConfig | ScratchConfig):
+        if isinstance(self.learner, _ONE_HEAD):
             return self.n_way
         pretrained = isinstance(self.learner, PretrainedFinetunedConfig | PretrainedCosineConfig)
         return n_train_classes if pretrained else None

@@ -50,13 +50,14 @@ class TrainConfig:
     Args:
         iterations: steps of the outer optimizer.
         tasks_per_step: tasks whose mean loss makes one step (meta-batch size), over all processes together.
-        outer_lr: peak learning rate of Adam.
+        outer_lr: peak learning rate of the outer optimizer.
         warmup: iterations of linear rise to `outer_lr`.
         schedule: what follows the warm-up: `"cosine"` decay to zero, or `"constant"`.
         clip_norm: the gradient is scaled down to this norm where it is longer.
         log_every: iterations between two rows of history, each with an accuracy in training and validation.
         checkpoint_every: iterations between two checkpoints.
         seed: of the network's initial parameters and of the stream of training tasks.
+        optimizer: the outer one, `"adam"` or plain gradient descent, `"sgd"`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -78,6 +79,7 @@ class TrainConfig:
     log_every: int = 250
     checkpoint_every: int = 250
     seed: int = 0
+    optimizer: Literal["adam", "sgd"] = "adam"
 
     def __post_init__(self) -> None:
         for name in ("iterations", "tasks_per_step", "outer_lr", "clip_norm", "log_every", "checkpoint_every"):
@@ -85,6 +87,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.warmup < 0 or self.schedule not in ("cosine", "constant"):
             raise ValueError("warmup must not be negative and schedule must be 'cosine' or 'constant'")
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}")
 
 
 @dataclass
@@ -108,7 +112,7 @@ def train(
     device: str | None = None,
     progress_bar: bool = True,
 ) -> list[Row]:
-    """Minimise `learner.meta_loss` over the tasks of `sampler` with Adam.
+    """Minimise `learner.meta_loss` over the tasks of `sampler`.
 
     Several processes (`accelerate launch`) split the tasks of each step among them and average their gradients.
     With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last checkpoint
@@ -145,7 +149,8 @@ def train(
     accelerator = _accelerator(device)
     share = _share(config.tasks_per_step, accelerator)
     learner.to(accelerator.device)
-    optimizer = torch.optim.Adam(learner.parameters(), lr=config.outer_lr)
+    descent = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
+    optimizer = descent(learner.parameters(), lr=config.outer_lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, config))
     folder = None if folder is None else Path(folder)
     state = _State(learner, optimizer, scheduler, sampler, config, _Progress())
@@ -223,13 +228,14 @@ def _rate(iteration: int, config: TrainConfig) -> float:
 
 def _log(progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None) -> None:
     with torch.no_grad():
-        correct = learner(episode).argmax(-1) == episode.query_labels
+        answers = learner(episode).argmax(-1)
+    classes = not episode.query_labels.is_floating_point()
     learner.eval()
     row = {
         "iteration": progress.iteration,
         "seconds": round(progress.seconds, 2),
         "meta_loss": progress.loss_sum / progress.loss_count,
-        "train_accuracy": correct.float().mean().item(),
+        "train_accuracy": (answers == episode.query_labels).float().mean().item() if classes else math.nan,
         "validation_accuracy": math.nan if validate is None else validate(learner),
     }
     progress.history.append(row)

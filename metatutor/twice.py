@@ -49,7 +49,7 @@ def conv2d(
     Reference:
         Dumoulin & Visin (2016), A guide to convolution arithmetic, section 4.
     """
-    return _Conv.apply(images, weight, (stride, padding, 1))
+    return _Conv.apply(_lowered(images), _lowered(weight), (stride, padding, 1))
 
 
 def batch_norm(
@@ -75,7 +75,7 @@ def batch_norm(
         Ioffe & Szegedy (2015), algorithm 1.
     """
     never_zero = weight + (weight == 0) * 1e-12  # the double backward divides by it
-    return _Norm.apply(images, never_zero, bias)[0]
+    return _Norm.apply(images.to(weight.dtype), never_zero, bias)[0]  # under autocast, statistics in full precision
 
 
 def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
@@ -95,6 +95,12 @@ def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_o
         Vinyals et al. (2016), section 4.1.1.
     """
     return _Pool.apply(images)[0]
+
+
+def _lowered(tensor: Tensor) -> Tensor:
+    """In the lower precision of autocast, if it is on: once and for all derivatives."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _laid_out(images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from shutil import which
 from typing import Any, Literal
 
 import pytest
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metatutor.backbones import ConvNet, Normalization, Pooling
+from metatutor.backbones import MLP, ConvNet, Normalization, Pooling
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.optimization import MAML, MAMLConfig
+from metatutor.optimization.engine import chunks
 from metatutor.training import TrainConfig, train
 
 Episodes = Callable[..., Episode]
@@ -140,6 +142,11 @@ def test_no_inner_step_is_plain_training():
         {"normalization": "group", "pooling": "max"},
         {"adapt": "head"},
         {"tasks_per_chunk": 2},
+        {"learned_lr": "parameter"},
+        {"learned_lr": "layer"},
+        {"multi_step_iterations": 10**15},  # so many that the weights stay what they are
+        {"recompute": True},
+        {"recompute": True, "learned_lr": "layer", "multi_step_iterations": 10**15, "tasks_per_chunk": 2},
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()) or "default",
 )
@@ -254,6 +261,195 @@ def test_first_order_is_the_query_gradient_at_the_adapted_parameters(random_epis
     assert close(meta_gradient(learner, episode), expected)
 
 
+# --- learned step sizes, and the loss after every step -----------------------------------------------------------
+
+
+def test_three_learned_rates_by_hand():
+    """Meta-SGD: v = w - a g elementwise with g = -x/2 at w = 0, so dQ/da = -g ∇Q(v) = x/2 ∇Q(v), elementwise."""
+    learner = MAML(ThreeWeights([0, 0, 0]), inner_lr=2 * math.log(3), learned_lr="parameter")
+    of_weights, of_rates = meta_gradient(learner, of_three_pixels(TASK_OF_ONES)).split(3)
+    assert close(of_weights, SECOND_ORDER)
+    x, gradient = torch.tensor(TASK_OF_ONES[0], dtype=torch.float64), FIRST_ORDER
+    assert close(of_rates, x / 2 * gradient)
+    learner.rates[0].data[:] = torch.tensor([1.0, 0.0, 3.0])
+    assert close(learner.adapt(of_three_pixels(TASK_OF_ONES))["weights"][0], torch.tensor([0.5, 0, 0]).double())
+
+
+@pytest.mark.parametrize("learned_lr", ["parameter", "layer"])
+@pytest.mark.parametrize("adapt", ["all", "head"])
+@pytest.mark.parametrize("n_calls", [None, 0, 3, 10])
+def test_rates_and_step_losses_against_a_loop(
+    random_episode: Episodes, learned_lr: Literal["parameter", "layer"], adapt: Literal["all", "head"], n_calls: int
+):
+    """Task by task, step by step, with other rates for each; the loss after every step, at several calls."""
+    options: dict[str, Any] = {} if n_calls is None else {"multi_step_iterations": 10}
+    learner, episode = small(inner_steps=3, learned_lr=learned_lr, adapt=adapt, **options), random_episode()
+    generator = torch.Generator().manual_seed(2)
+    for rates in learner.rates:
+        rates.data = 0.5 * torch.rand(rates.shape, dtype=torch.float64, generator=generator)
+    moving = [n for n, _ in learner.network.named_parameters() if adapt == "all" or n.startswith("head.")]
+    loss = torch.zeros((), dtype=torch.float64)
+    share = 0.0 if n_calls is None else (1 - n_calls / 10) / 3
+    for task in range(len(episode)):
+        parameters: Parameters = dict(learner.network.named_parameters())
+        for step in range(3):
+            of_support = F.cross_entropy(
+                plain_logits(parameters, episode.support_images[task], 0, "stride", "batch"),
+                episode.support_labels[task],
+            )
+            gradients = torch.autograd.grad(of_support, [parameters[n] for n in moving], create_graph=True)
+            for name, rates, gradient in zip(moving, learner.rates, gradients, strict=True):
+                rate = rates if learned_lr == "parameter" else rates[step]
+                parameters = parameters | {name: parameters[name] - rate * gradient}
+            of_query = F.cross_entropy(
+                plain_logits(parameters, episode.query_images[task], 0, "stride", "batch"), episode.query_labels[task]
+            )
+            loss = loss + (share if step < 2 else 1 - 2 * share) * of_query / len(episode)
+    expected = flat(torch.autograd.grad(loss, list(learner.parameters())))
+    if n_calls is not None:
+        learner.multi_step_calls.fill_(n_calls)
+    assert close(meta_gradient(learner, episode), expected)
+
+
+def test_step_losses_end_as_the_last_one(random_episode: Episodes):
+    episode, learner = random_episode(), small(inner_steps=2, multi_step_iterations=4)
+    mean = small(inner_steps=1).meta_loss(episode) / 2 + (last := small(inner_steps=2).meta_loss(episode)) / 2
+    assert close(learner.eval().meta_loss(episode), last)
+    with torch.no_grad():
+        assert close(learner.train().meta_loss(episode), mean)
+    losses = [learner.meta_loss(episode).item() for _ in range(6)]
+    expected = [mean + (last - mean) * done for done in (0, 0.25, 0.5, 0.75, 1, 1)]
+    assert losses == pytest.approx([e.item() for e in expected], rel=1e-9)
+    assert learner.state_dict()["multi_step_calls"] == 4  # a resumed run goes on where it was
+
+
+def test_steps_beyond_training_take_the_last_rate(random_episode: Episodes):
+    episode, learner = random_episode(), small(inner_steps=2, test_inner_steps=4, learned_lr="layer")
+    for rates in learner.rates:
+        rates.data = torch.tensor([0.2, 0.1], dtype=torch.float64)
+    longer = small(inner_steps=4, learned_lr="layer")
+    for rates in longer.rates:
+        rates.data = torch.tensor([0.2, 0.1, 0.1, 0.1], dtype=torch.float64)
+    assert close(learner.eval()(episode), longer(episode))
+
+
+# --- regression ------------------------------------------------------------------------------------------------
+
+
+def regression(seed: int = 0, n_tasks: int = 4) -> Episode:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(2, n_tasks, 5, 1, dtype=torch.float64, generator=generator) for _ in range(2))
+    return Episode(x[0], y[0], x[1], y[1], n_way=1)
+
+
+@pytest.mark.parametrize("loss", [None, F.huber_loss])
+def test_any_loss_of_any_network(loss: Callable[[Tensor, Tensor], Tensor] | None):
+    episode, network = regression(), MLP(1, 1, hidden=(3,)).double()
+    learner, total = MAML(network, inner_lr=0.1, inner_steps=2, loss=loss), torch.zeros(())
+    criterion = loss or (lambda outputs, targets: ((outputs - targets) ** 2).mean())
+    for i in range(len(episode)):
+        own: Parameters = dict(network.named_parameters())
+        for _ in range(2):
+            of_support = criterion(
+                functional_call(network, own, (episode.support_images[i],)), episode.support_labels[i]
+            )
+            gradients = torch.autograd.grad(of_support, list(own.values()), create_graph=True)
+            own = {n: p - 0.1 * g for (n, p), g in zip(own.items(), gradients, strict=True)}
+        outputs = functional_call(network, own, (episode.query_images[i],))
+        assert close(learner(episode)[i], outputs)
+        total = total + criterion(outputs, episode.query_labels[i]) / len(episode)
+    assert close(learner.meta_loss(episode), total)
+    assert close(meta_gradient(learner, episode), flat(torch.autograd.grad(total, list(network.parameters()))))
+
+
+# --- the same gradient in less memory, or less time --------------------------------------------------------------
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"inner_steps": 0},
+    {"inner_steps": 3, "first_order": True},
+    {"inner_steps": 3, "adapt": "head", "normalization": "support"},
+    {"inner_steps": 2, "learned_lr": "parameter", "pooling": "max", "normalization": "group"},
+    {"inner_steps": 3, "learned_lr": "layer", "multi_step_iterations": 4, "tasks_per_chunk": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_recomputed_is_plain(random_episode: Episodes, options: dict[str, Any]):
+    episode, plain, recomputed = random_episode(), small(**options), small(recompute=True, **options)
+    for _ in range(2):
+        assert close(meta_gradient(recomputed, episode), meta_gradient(plain, episode))
+    assert close(recomputed.meta_loss(episode), plain.meta_loss(episode))
+    recomputed.network.get_parameter("head.bias").requires_grad_(False)
+    recomputed.meta_loss(episode).backward()
+
+
+def test_recomputed_keeps_the_graph_of_one_step(random_episode: Episodes):
+    """What autograd saves for the backward of a step is gone when the next one is computed."""
+
+    def most_saved(**options: Any) -> int:
+        alive, most = 0, 0
+
+        class Held:
+            def __init__(self, tensor: Tensor) -> None:
+                nonlocal alive, most
+                self.tensor, self.size = tensor, tensor.numel()
+                alive += self.size
+                most = max(most, alive)
+
+            def __del__(self) -> None:
+                nonlocal alive
+                alive -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            small(**options).meta_loss(random_episode()).backward()
+        return most
+
+    few, many = (most_saved(inner_steps=n, recompute=True) for n in (1, 8))
+    assert many < 1.3 * few
+    assert most_saved(inner_steps=8) > 4 * few
+
+
+def three_steps(random_episode: Episodes, learner: MAML) -> Tensor:
+    """The meta-gradients of three tasks, at other parameters each, as under an optimizer."""
+    gradients = []
+    for seed in range(3):
+        gradients.append(meta_gradient(learner, random_episode(seed=seed)))
+        for parameter in learner.parameters():
+            parameter.data += 0.01
+    return torch.stack(gradients)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
+def test_traced_is_plain(random_episode: Episodes, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """What is compiled is the right thing; compiling it is left to the next test, since it takes long."""
+    monkeypatch.setattr(torch, "compile", lambda graph: graph)
+    learner = small(compile=True, **options)
+    assert close(three_steps(random_episode, learner), three_steps(random_episode, small(**options)))
+    # one graph for every size of chunk, and for the loss after every step or after the last
+    assert len(learner._compiled.compiled) == (2 if "tasks_per_chunk" in options else 1)
+    with pytest.raises(ValueError, match="build ConvNet"):
+        learner.meta_loss(random_episode(n_way=4))
+
+
+@pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_is_plain(random_episode: Episodes):
+    compiled, plain = (small(adapt="head", compile=on) for on in (True, False))
+    assert close(three_steps(random_episode, compiled), three_steps(random_episode, plain))
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "max"}, {"normalization": "support"}, {"recompute": True}])
+def test_half_precision_is_near_full(random_episode: Episodes, options: dict[str, Any]):
+    episode, learner = random_episode(), small(**options).float()
+    episode = replace(episode, support_images=episode.support_images.float(), query_images=episode.query_images.float())
+    full = meta_gradient(learner, episode)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = meta_gradient(learner, episode)
+    assert not torch.equal(full, half)
+    assert (full - half).norm() < 0.1 * full.norm()
+
+
 # --- chunks of tasks -------------------------------------------------------------------------------------------
 
 
@@ -280,8 +476,7 @@ def test_chunks_by_default_keep_activations_small(queries: int, fit: list[int]):
         labels.repeat(1, queries),
         n_way=5,
     )
-    learner = MAML(ConvNet(5, pooling="max"))
-    assert [len(chunk) for chunk in learner._chunks(episode)] == fit
+    assert [len(chunk) for chunk in chunks(episode, ConvNet(5, pooling="max"))] == fit
 
 
 def test_a_chunked_meta_loss_is_part_of_a_larger_one(random_episode: Episodes):
@@ -308,7 +503,7 @@ def test_second_derivatives_of_a_chunked_meta_loss_raise(random_episode: Episode
     """It has none; autograd would take its gradient for a constant, and say nothing."""
     episode = random_episode()
     parameters = list((learner := small(tasks_per_chunk=2)).parameters())
-    with pytest.raises(RuntimeError, match=r"in chunks can be differentiated once; for more, raise tasks_per_chunk"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again; see tasks_per_chunk"):
         torch.autograd.grad(learner.meta_loss(episode), parameters, create_graph=True)
 
 
@@ -521,6 +716,12 @@ def test_another_number_of_ways(random_episode: Episodes):
         ({"inner_steps": -1}, "inner steps must not be negative, got -1 and None"),
         ({"test_inner_steps": -2}, "inner steps must not be negative, got 1 and -2"),
         ({"adapt": "body"}, "adapt must be 'all' or 'head', got 'body'"),
+        ({"learned_lr": "each"}, "learned_lr must be 'none', 'parameter' or 'layer', got 'each'"),
+        ({"multi_step_iterations": -1}, "multi_step_iterations must not be negative, got -1"),
+        (
+            {"inner_steps": 0, "learned_lr": "layer"},
+            "without inner steps there are no rates to learn and no steps to weight; see inner_steps",
+        ),
         ({"tasks_per_chunk": 0}, "tasks_per_chunk must be positive, got 0"),
     ],
 )

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch import Tensor
+from torch.func import vmap
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
@@ -51,6 +51,8 @@ class MetricLearner(NetworkLearner):
         Vinyals et al. (2016), section 2.
     """
 
+    network: ConvNet  # pyright: ignore[reportIncompatibleVariableOverride]
+
     def __init__(self, network: ConvNet, *, finetune_steps: int = 0, finetune_lr: float = 0.01) -> None:
         super().__init__(network)
         check_finetuning(finetune_steps, finetune_lr)
@@ -65,7 +67,7 @@ class MetricLearner(NetworkLearner):
         if self.training or not self.finetune_steps:
             return self.compare(episode)
         tasks = [episode.task(i) for i in range(len(episode))]
-        return torch.cat([self._with(self.finetune(task), self.compare, task) for task in tasks])
+        return torch.cat([self.under(self.finetune(task), self.compare, task) for task in tasks])
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean cross-entropy of the query images, without fine-tuning."""
@@ -87,26 +89,11 @@ class MetricLearner(NetworkLearner):
         with torch.enable_grad():
             for _ in range(self.finetune_steps):
                 own = {name: p.requires_grad_() for name, p in own.items()}
-                loss = self._with(own, self.meta_loss, asked)
+                loss = self.under(own, self.meta_loss, asked)
                 gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
                 descent = zip(own.items(), gradients, strict=True)
                 own = {name: (p - self.finetune_lr * g).detach() for (name, p), g in descent}
         return own
-
-    def _with(self, parameters: Parameters, method: Callable[[Episode], Tensor], episode: Episode) -> Tensor:
-        """What a method of this learner returns under other parameters."""
-        return functional_call(_Method(self, method), {f"learner.{n}": p for n, p in parameters.items()}, episode)
-
-
-class _Method(nn.Module):
-    """A method of a module as the `forward` of another, for `functional_call`."""
-
-    def __init__(self, learner: nn.Module, method: Callable[[Episode], Tensor]) -> None:
-        super().__init__()
-        self.learner, self.method = learner, method
-
-    def forward(self, episode: Episode) -> Tensor:
-        return self.method(episode)
 
 
 def each_task(network: Callable[..., Tensor], *tensors: Tensor, side_by_side: bool | None = None) -> Tensor:

@@ -1,21 +1,23 @@
-"""Model-Agnostic Meta-Learning: learn the initial parameters from which one gradient step learns a task."""
+"""Model-Agnostic Meta-Learning: learn the initial parameters from which one gradient step learns a task.
+
+And the variants that change a line of it: first-order MAML, ANIL (only the head adapts), Meta-SGD (learned rates of
+every parameter), and of MAML++ the learned rates of every layer and step, and the loss after every step.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.learner import NetworkLearner, Parameters
-
-_CHUNK_BYTES = 128 * 2**20  # measured with benchmarks/maml_step.py
+from metatutor.learner import Loss, Parameters
+from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
+from metatutor.optimization.engine import Compiled, with_known_gradient
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class MAMLConfig:
         ValueError: if an argument is out of range.
 
     Example:
+        >>> from metatutor import ConvNet
         >>> MAMLConfig(inner_lr=0.1).build(ConvNet(n_outputs=5, filters=8)).config.inner_lr
         0.1
 
@@ -43,22 +46,29 @@ class MAMLConfig:
     test_inner_steps: int | None = None
     first_order: bool = False
     adapt: Literal["all", "head"] = "all"
+    learned_lr: Literal["none", "parameter", "layer"] = "none"
+    multi_step_iterations: int = 0
+    recompute: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        if not self.inner_lr > 0:
-            raise ValueError(f"inner_lr must be positive, got {self.inner_lr}")
-        if self.inner_steps < 0 or (self.test_inner_steps or 0) < 0:
-            raise ValueError(f"inner steps must not be negative, got {self.inner_steps} and {self.test_inner_steps}")
+        check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
         if self.adapt not in ("all", "head"):
             raise ValueError(f"adapt must be 'all' or 'head', got {self.adapt!r}")
+        if self.learned_lr not in ("none", "parameter", "layer"):
+            raise ValueError(f"learned_lr must be 'none', 'parameter' or 'layer', got {self.learned_lr!r}")
+        if self.multi_step_iterations < 0:
+            raise ValueError(f"multi_step_iterations must not be negative, got {self.multi_step_iterations}")
+        if self.inner_steps == 0 and (self.learned_lr != "none" or self.multi_step_iterations):
+            raise ValueError("without inner steps there are no rates to learn and no steps to weight; see inner_steps")
 
-    def build(self, network: ConvNet) -> MAML:
+    def build(self, network: Network) -> MAML:
         """The learner with these arguments."""
         arguments = {name: value for name, value in vars(self).items() if name != "method"}
         return MAML(network, **arguments)
 
 
-class MAML(NetworkLearner):
+class MAML(AdaptingLearner):
     """Adapts a network to each task by gradient descent on its support set, from parameters made for that.
 
     Inner loop, for each task: `adapted = initial - inner_lr * grad(support_loss)(initial)`, `inner_steps` times.
@@ -66,145 +76,201 @@ class MAML(NetworkLearner):
     gradient goes *through* the inner one, exactly, unless `first_order`, which takes `d adapted / d initial`
     for the identity.
 
-    All tasks of an episode are adapted side by side: `vmap` gives every task its own parameters, and since no
-    task's loss depends on another's parameters, one call of `autograd.grad` on the sum of losses yields the
-    gradient of each.
-
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
-        inner_lr: step size of adaptation.
+        inner_lr: step size of adaptation; where it is learned, the initial one.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         first_order: leave the second derivatives out.
         adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
-        tasks_per_chunk: tasks adapted side by side; default: on a GPU all of an episode, on a CPU as many as keep
-            the largest activation within 128 MiB. A matter of speed and memory, not of the result.
+        learned_lr: whether the outer loop learns step sizes too: one for every `"parameter"` (Meta-SGD), or one for
+            every `"layer"` tensor and step (MAML++); a step of the test beyond those of training takes the last one's.
+        multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
+            and moves within this many calls of `meta_loss` to that after the last one (MAML++).
+        recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
+            its gradient is due: the memory of one step, for the time of one more forward and backward each.
+        compile: whether `meta_loss` is compiled, which takes a minute or more at the first call.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and the two before are a matter of
+            speed and memory, not of the result.
+        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
 
     Example:
+        >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> learner = MAML(ConvNet(n_outputs=5, filters=8), inner_lr=0.4)
         >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
 
     Reference:
-        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020).
+        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020); Meta-SGD: Li et al. (2017),
+        equation 4; MAML++: Antoniou et al. (2019), equations 3 and 5.
     """
+
+    multi_step_calls: Tensor
 
     def __init__(
         self,
-        network: ConvNet,
+        network: Network,
         *,
         inner_lr: float = MAMLConfig.inner_lr,
         inner_steps: int = MAMLConfig.inner_steps,
         test_inner_steps: int | None = MAMLConfig.test_inner_steps,
         first_order: bool = MAMLConfig.first_order,
         adapt: Literal["all", "head"] = MAMLConfig.adapt,
+        learned_lr: Literal["none", "parameter", "layer"] = MAMLConfig.learned_lr,
+        multi_step_iterations: int = MAMLConfig.multi_step_iterations,
+        recompute: bool = MAMLConfig.recompute,
+        compile: bool = MAMLConfig.compile,
         tasks_per_chunk: int | None = None,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(network)
-        if tasks_per_chunk is not None and tasks_per_chunk < 1:
-            raise ValueError(f"tasks_per_chunk must be positive, got {tasks_per_chunk}")
-        self.config = MAMLConfig("maml", inner_lr, inner_steps, test_inner_steps, first_order, adapt)
-        self.tasks_per_chunk = tasks_per_chunk
-
-    def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """Adapt to each support set, then answer the query images."""
-        chunks = self._chunks(episode)
-        return torch.cat([self.query_logits(chunk, self.adapt(chunk)) for chunk in chunks])
+        self.config = MAMLConfig(
+            "maml",
+            inner_lr,
+            inner_steps,
+            test_inner_steps,
+            first_order,
+            adapt,
+            learned_lr,
+            multi_step_iterations,
+            recompute,
+            compile,
+        )
+        super().__init__(
+            network,
+            inner_steps=inner_steps,
+            test_inner_steps=test_inner_steps,
+            tasks_per_chunk=tasks_per_chunk,
+            loss=loss,
+        )
+        self.rates = self._initial_rates()
+        if multi_step_iterations:
+            self.register_buffer("multi_step_calls", torch.zeros(()))
+        self._compiled = Compiled(self._gradient_of_tensors)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean cross-entropy of the query images after adaptation.
+        """Mean loss of the query images after adaptation.
 
-        With more than one chunk the meta-gradient is computed here, chunk by chunk, and handed over by `backward`.
+        With more than one chunk, or `recompute` or `compile`, the meta-gradient is computed here and handed over by
+        `backward`.
         """
-        chunks = list(self._chunks(episode))
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return super().meta_loss(episode)
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        total, gradients = torch.zeros((), device=episode.query_images.device), None
-        for chunk in chunks:
-            loss = super().meta_loss(chunk) * (len(chunk) / len(episode))
-            of_chunk = torch.autograd.grad(loss, parameters)
-            gradients = of_chunk if gradients is None else [g.add_(c) for g, c in zip(gradients, of_chunk, strict=True)]
-            total = total + loss.detach()
-        return _KnownGradient.apply(total, gradients, *parameters)
+        weights = self._step_weights(episode.query_images)
+        parts = list(self.chunks(episode))
+        by_autograd = len(parts) == 1 and not self.config.recompute and not self.config.compile
+        if by_autograd or not torch.is_grad_enabled():
+            return self._weighted_loss(episode, weights)
+        gradient = self._compiled_gradient if self.config.compile else self._gradient
+        known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
+        return with_known_gradient(known, self.meta_parameters())
 
-    def adapt(self, episode: Episode, inner_steps: int | None = None) -> Parameters:
-        """The adapted parameters of every task, `[task, ...]` by name.
+    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+        """One step of gradient descent on the support loss."""
+        second_order = torch.is_grad_enabled() and not self.config.first_order
+        moving = self._moving()
+        _, gradients = self.support_gradients(parameters, episode, moving=moving, create_graph=second_order)
+        moves = zip(moving, self._rates(step), strict=True)
+        return parameters | {n: parameters[n] - rate * gradients[n] for n, rate in moves}, memory
 
-        Args:
-            episode: its support set is all that is read.
-            inner_steps: steps of adaptation; default: those of training or of evaluation mode.
+    def _moving(self) -> list[str]:
+        names = [name for name, _ in self.network.named_parameters()]
+        return [name for name in names if self.config.adapt == "all" or name.startswith("head.")]
 
-        Returns:
-            Name to tensor; parameters that the inner loop leaves alone are the shared ones, repeated.
-        """
-        return self.adaptation_path(episode, inner_steps)[-1]
+    # --- learned step sizes ---
 
-    def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
-        """The parameters of every task before the first inner step and after each."""
-        self._check(episode)
-        if inner_steps is None:
-            inner_steps = self._inner_steps()
-        meta_training = torch.is_grad_enabled()
+    def _initial_rates(self) -> nn.ParameterList:
+        moving = [self.network.get_parameter(name) for name in self._moving()]
+        shapes = {
+            "none": [],
+            "parameter": [p.shape for p in moving],
+            "layer": [(self.config.inner_steps,)] * len(moving),
+        }
+        dtype = moving[0].dtype if moving else None
+        return nn.ParameterList(
+            torch.full(shape, self.config.inner_lr, dtype=dtype) for shape in shapes[self.config.learned_lr]
+        )
+
+    def _rates(self, step: int) -> list[Tensor] | list[float]:
+        """The step size of each moving parameter."""
+        if self.config.learned_lr == "layer":
+            return [rates[min(step, self.config.inner_steps - 1)] for rates in self.rates]
+        return list(self.rates) or [self.config.inner_lr] * len(self._moving())
+
+    # --- the loss after every step ---
+
+    def _step_weights(self, like: Tensor) -> Tensor | None:
+        """The weights of the query losses after each inner step, or None: only that after the last."""
+        n_steps, until = self.config.inner_steps, self.config.multi_step_iterations
+        if not self.training or not until or self.multi_step_calls >= until:
+            return None
+        earlier = (1 - self.multi_step_calls.item() / until) / n_steps
+        if torch.is_grad_enabled():
+            self.multi_step_calls += 1
+        return like.new_tensor([earlier] * (n_steps - 1) + [1 - (n_steps - 1) * earlier])
+
+    def _weighted_loss(self, episode: Episode, weights: Tensor | None) -> Tensor:
+        if weights is None:
+            return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
+        losses = [self.query_loss(episode, parameters) for parameters in self.adaptation_path(episode)[1:]]
+        return weights @ torch.stack(losses)
+
+    # --- the meta-gradient, computed here ---
+
+    def _gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The loss and its gradient in everything that the outer loop learns."""
+        if self.config.recompute:
+            return self._recomputed_gradient(episode, weights)
+        loss = self._weighted_loss(episode, weights)
+        return loss.detach(), list(torch.autograd.grad(loss, self.meta_parameters()))
+
+    def _recomputed_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """The same by the chain rule from the last step to the first, with the graph of one step at a time."""
+        with torch.no_grad():
+            path = self.adaptation_path(episode)
+        n_steps, rates = len(path) - 1, list(self.rates)
+        of_path = {n: torch.zeros_like(p) for n, p in path[-1].items()}  # d loss / d parameters after this step
+        of_rates = [torch.zeros_like(rate) for rate in rates]
+        total = torch.zeros((), dtype=episode.query_images.dtype, device=episode.query_images.device)
+        for step in range(n_steps, -1, -1):
+            here = leaves(path[step])
+            if step == n_steps or (weights is not None and step > 0):
+                weight = 1 if weights is None else weights[step - 1]
+                loss = weight * self.query_loss(episode, here)
+                gradients = torch.autograd.grad(loss, list(here.values()))
+                of_path = {n: v + g for (n, v), g in zip(of_path.items(), gradients, strict=True)}
+                total = total + loss.detach()
+            if step > 0:
+                before = leaves(path[step - 1])
+                after, _ = self.inner_step(before, None, episode, step - 1)
+                inputs, pulls = [*before.values(), *rates], [of_path[n] for n in after]
+                gradients = torch.autograd.grad(
+                    list(after.values()), inputs, pulls, allow_unused=True, materialize_grads=True
+                )
+                of_path = dict(zip(before, gradients, strict=False))
+                of_rates = [v + g for v, g in zip(of_rates, gradients[len(before) :], strict=True)]
+        of_shared = dict(zip(map(id, self.network.parameters()), (g.sum(0) for g in of_path.values()), strict=True))
+        of_shared |= dict(zip(map(id, rates), of_rates, strict=True))
+        return total, [of_shared[id(p)] for p in self.meta_parameters()]
+
+    def _compiled_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        self.check_ways(episode)
+        images_and_labels = (
+            episode.support_images, episode.support_labels, episode.query_images, episode.query_labels
+        )  # fmt: skip
+        no_weights = torch.empty(0, device=episode.query_images.device)
+        loss, *gradients = self._compiled(
+            no_weights if weights is None else weights, *images_and_labels, *self.meta_parameters()
+        )
+        return loss, gradients
+
+    def _gradient_of_tensors(self, weights: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """`_gradient` as a function of nothing but tensors, to be compiled."""
+        images_and_labels, parameters = tensors[:4], tensors[4:]
+        episode = Episode(*images_and_labels, n_way=self.network.n_outputs or 0)
+        names = [name for name, p in self.named_parameters() if p.requires_grad]
+        leaves = {n: p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True)}
         with torch.enable_grad():
-            path = [{name: p.expand(len(episode), *p.shape) for name, p in self._initial(meta_training).items()}]
-            for _ in range(inner_steps):
-                path.append(self._inner_step(path[-1], episode, meta_training))
-        return path if meta_training else [{n: p.detach() for n, p in step.items()} for step in path]
-
-    def _inner_steps(self) -> int:
-        in_test = self.config.test_inner_steps
-        return self.config.inner_steps if self.training or in_test is None else in_test
-
-    def _initial(self, meta_training: bool) -> Parameters:
-        parameters: Parameters = dict(self.network.named_parameters())
-        return parameters if meta_training else {n: p.detach().requires_grad_() for n, p in parameters.items()}
-
-    def _inner_step(self, parameters: Parameters, episode: Episode, meta_training: bool) -> Parameters:
-        moving = {n: p for n, p in parameters.items() if self.config.adapt == "all" or n.startswith("head.")}
-        losses = self.support_losses(episode, parameters)
-        second_order = meta_training and not self.config.first_order
-        gradients = torch.autograd.grad(losses.sum(), list(moving.values()), create_graph=second_order)
-        moved = {n: p - self.config.inner_lr * g for (n, p), g in zip(moving.items(), gradients, strict=True)}
-        if not meta_training:
-            moved = {n: p.detach().requires_grad_() for n, p in moved.items()}
-        return parameters | moved
-
-    def _chunks(self, episode: Episode) -> Iterator[Episode]:
-        size = self.tasks_per_chunk or self._tasks_that_fit(episode)
-        return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
-
-    def _tasks_that_fit(self, episode: Episode) -> int:
-        """Chunks as equal as can be, and as few: larger ones would cost more in page faults than they save."""
-        if episode.query_images.device.type != "cpu":
-            return len(episode)
-        n_images = episode.support_images.shape[1] + episode.query_images.shape[1]
-        largest = getattr(self.network, "largest_activation", 0)  # other modules than ConvNet need not say
-        n_chunks = math.ceil(len(episode) * n_images * largest * episode.query_images.element_size() / _CHUNK_BYTES)
-        return math.ceil(len(episode) / max(1, min(n_chunks, len(episode))))
-
-    def _check(self, episode: Episode) -> None:
-        if episode.n_way != self.network.n_outputs:
-            raise ValueError(
-                f"the network has {self.network.n_outputs} outputs but the episode is {episode.n_way}-way; "
-                f"MAML adapts one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
-            )
-
-
-class _KnownGradient(torch.autograd.Function):
-    """A scalar whose gradient in the parameters is already known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph
-            raise RuntimeError("meta_loss in chunks can be differentiated once; for more, raise tasks_per_chunk")
-        return None, None, *(scale * gradient for gradient in ctx.gradients)
+            loss, gradients = self.under(leaves, self._gradient, episode, weights if len(weights) else None)
+        return [loss, *gradients]

@@ -1,0 +1,198 @@
+"""Implicit MAML: the meta-gradient from where adaptation ends, however it got there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metatutor.backbones import Network
+from metatutor.episodes import Episode
+from metatutor.learner import Loss, Parameters
+from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
+from metatutor.optimization.engine import with_known_gradient
+
+Vectors = Float[Tensor, "task parameter"]
+
+
+@dataclass(frozen=True)
+class ImplicitMAMLConfig:
+    """The arguments of `ImplicitMAML`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        inner_lr: see `ImplicitMAML`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> ImplicitMAMLConfig(proximity=1.0).build(ConvNet(n_outputs=5, filters=8)).config.proximity
+        1.0
+
+    Reference:
+        Rajeswaran, Finn, Kakade & Levine (2019).
+    """
+
+    method: Literal["imaml"] = "imaml"
+    inner_lr: float = 0.1
+    inner_steps: int = 16
+    test_inner_steps: int | None = None
+    proximity: float = 2.0
+    cg_steps: int = 5
+
+    def __post_init__(self) -> None:
+        check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
+        if not self.proximity > 0:
+            raise ValueError(f"proximity must be positive, got {self.proximity}")
+        if self.cg_steps < 0:
+            raise ValueError(f"cg_steps must not be negative, got {self.cg_steps}")
+
+    def build(self, network: Network) -> ImplicitMAML:
+        """The learner with these arguments."""
+        arguments = {name: value for name, value in vars(self).items() if name != "method"}
+        return ImplicitMAML(network, **arguments)
+
+
+class ImplicitMAML(AdaptingLearner):
+    """Adapts within reach of the initial parameters, and differentiates the outcome instead of the way to it.
+
+    Inner problem of each task: `adapted = argmin over p of support_loss(p) + proximity / 2 * |p - initial|^2`, by
+    `inner_steps` steps of gradient descent. Where that is solved, `initial = adapted + grad(support_loss)(adapted) /
+    proximity`, so that `d adapted / d initial = (I + H / proximity)^-1` with `H` the Hessian of the support loss there,
+    and the meta-gradient is `(I + H / proximity)^-1 grad(query_loss)(adapted)`: a linear system, solved by `cg_steps`
+    of conjugate gradient, each of which needs one product of `H` with a vector. Nothing of the inner steps is kept.
+
+    Args:
+        network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
+        inner_lr: step size of the inner gradient descent.
+        inner_steps: steps of adaptation while training.
+        test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
+        proximity: strength of the pull towards the initial parameters (the paper's lambda).
+        cg_steps: steps of conjugate gradient; with 0 the meta-gradient is that of first-order MAML.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> learner = ImplicitMAML(ConvNet(n_outputs=5, filters=8))
+        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Rajeswaran, Finn, Kakade & Levine (2019), equations 4 and 6 and algorithm 2; conjugate gradient: Hestenes &
+        Stiefel (1952).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        inner_lr: float = ImplicitMAMLConfig.inner_lr,
+        inner_steps: int = ImplicitMAMLConfig.inner_steps,
+        test_inner_steps: int | None = ImplicitMAMLConfig.test_inner_steps,
+        proximity: float = ImplicitMAMLConfig.proximity,
+        cg_steps: int = ImplicitMAMLConfig.cg_steps,
+        tasks_per_chunk: int | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        self.config = ImplicitMAMLConfig("imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps)
+        super().__init__(
+            network,
+            inner_steps=inner_steps,
+            test_inner_steps=test_inner_steps,
+            tasks_per_chunk=tasks_per_chunk,
+            loss=loss,
+        )
+
+    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+        """One step down the support loss and back towards the initial parameters, which the memory holds."""
+        initial = memory or parameters
+        _, gradients = self.support_gradients(parameters, episode)
+        pulls = {n: gradients[n] + self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
+        return {n: p - self.config.inner_lr * pulls[n] for n, p in parameters.items()}, initial
+
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """Mean loss of the query images after adaptation; `backward` hands over the implicit gradient."""
+        if not torch.is_grad_enabled():
+            return super().meta_loss(episode)
+        known = [(len(chunk) / len(episode), *self.meta_gradient(chunk)) for chunk in self.chunks(episode)]
+        return with_known_gradient(known, list(self.network.parameters()))
+
+    def meta_gradient(self, episode: Episode) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """The mean query loss of one chunk and its implicit gradient in each parameter."""
+        with torch.no_grad():
+            adapted = leaves(self.adapt(episode))
+        with torch.enable_grad():
+            loss = self.query_loss(episode, adapted)
+            of_query = torch.autograd.grad(loss, list(adapted.values()))
+            _, of_support = self.support_gradients(adapted, episode, create_graph=True)
+
+        def product(vectors: Vectors) -> Vectors:
+            """`(I + H / proximity)` times a vector, for each task."""
+            pieces = _unflatten(vectors, adapted)
+            hessian = torch.autograd.grad(
+                list(of_support.values()),
+                list(adapted.values()),
+                pieces,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            return vectors + _flatten(hessian) / self.config.proximity
+
+        solution = conjugate_gradient(product, _flatten(of_query), self.config.cg_steps)
+        return loss.detach(), [piece.sum(0) for piece in _unflatten(solution, adapted)]
+
+
+def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, steps: int) -> Vectors:
+    """Solve `A x = right` for every task at once, from `x = right`, given products with the symmetric `A`.
+
+    Args:
+        product: maps `[task, n]` to `A` times each.
+        right: the right-hand sides.
+        steps: as many as there are dimensions give the solution, up to rounding, if `A` is positive definite.
+
+    Returns:
+        `x`, `[task, n]`.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> conjugate_gradient(lambda v: v @ a, torch.tensor([[3.0, 4.0]]), steps=2)
+        tensor([[1., 1.]])
+
+    Reference:
+        Hestenes & Stiefel (1952).
+    """
+    solution = right
+    if not steps:
+        return solution
+    residual = right - product(solution)
+    direction, square = residual, (residual**2).sum(1, keepdim=True)
+    tiny = torch.finfo(right.dtype).tiny
+    for _ in range(steps):
+        image = product(direction)
+        curvature = (direction * image).sum(1, keepdim=True)
+        length = torch.where(curvature > tiny, square / curvature, 0)  # done, or A is not positive here: stay
+        solution, residual = solution + length * direction, residual - length * image
+        before, square = square, (residual**2).sum(1, keepdim=True)
+        direction = residual + square / before.clamp_min(tiny) * direction
+    return solution
+
+
+def _flatten(tensors: list[Tensor] | tuple[Tensor, ...]) -> Vectors:
+    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
+
+
+def _unflatten(vectors: Vectors, like: Parameters) -> list[Tensor]:
+    sizes = [p[0].numel() for p in like.values()]
+    return [part.view_as(p) for part, p in zip(vectors.split(sizes, dim=1), like.values(), strict=True)]

@@ -1,0 +1,161 @@
+"""The LSTM optimizer: gradient descent whose step sizes, and forgetting, are learned by a recurrent network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.backbones import Network
+from metatutor.episodes import Episode
+from metatutor.learner import Loss, Parameters
+from metatutor.optimization.base import AdaptingLearner, check_inner_loop
+
+
+@dataclass(frozen=True)
+class MetaLSTMConfig:
+    """The arguments of `MetaLSTM`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        inner_steps: see `MetaLSTM`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> MetaLSTMConfig(inner_steps=3).build(ConvNet(n_outputs=5, filters=8)).config.inner_steps
+        3
+
+    Reference:
+        Ravi & Larochelle (2017).
+    """
+
+    method: Literal["meta_lstm"] = "meta_lstm"
+    inner_steps: int = 5
+    test_inner_steps: int | None = None
+    hidden_size: int = 20
+
+    def __post_init__(self) -> None:
+        check_inner_loop(1.0, self.inner_steps, self.test_inner_steps)
+        if self.hidden_size < 1:
+            raise ValueError(f"hidden_size must be positive, got {self.hidden_size}")
+
+    def build(self, network: Network) -> MetaLSTM:
+        """The learner with these arguments."""
+        arguments = {name: value for name, value in vars(self).items() if name != "method"}
+        return MetaLSTM(network, **arguments)
+
+
+class MetaLSTM(AdaptingLearner):
+    """An LSTM is the optimizer: the parameters of the task's network are its cell state.
+
+    The cell of an LSTM changes by `c' = f * c + i * candidate`. With `c` the parameters and minus the gradient of the
+    support loss as the candidate, this *is* gradient descent, `i` being the step size and `1 - f` a decay. Here both
+    gates are learned: for every parameter,
+
+        forget = sigmoid(w_f · [h, parameter, previous forget] + b_f)
+        enter = sigmoid(w_i · [h, parameter, previous enter] + b_i)
+        parameter' = forget * parameter - enter * gradient
+
+    where `h` is the output of an ordinary LSTM that watches the gradient and the loss, both preprocessed. All
+    parameters share the weights of these networks, each having a state of its own. The outer loop learns the weights,
+    and the initial parameters: the initial cell state. Gradients of the support loss are taken for constants, so that
+    there are no second derivatives.
+
+    Args:
+        network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
+        inner_steps: steps of adaptation while training, each on the whole support set.
+        test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
+        hidden_size: of the LSTM that watches.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> learner = MetaLSTM(ConvNet(n_outputs=5, filters=8))
+        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Ravi & Larochelle (2017), equations 2 to 4 and section 3.2; preprocessing: Andrychowicz et al. (2016),
+        appendix A.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        inner_steps: int = MetaLSTMConfig.inner_steps,
+        test_inner_steps: int | None = MetaLSTMConfig.test_inner_steps,
+        hidden_size: int = MetaLSTMConfig.hidden_size,
+        tasks_per_chunk: int | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        self.config = MetaLSTMConfig("meta_lstm", inner_steps, test_inner_steps, hidden_size)
+        super().__init__(
+            network,
+            inner_steps=inner_steps,
+            test_inner_steps=test_inner_steps,
+            tasks_per_chunk=tasks_per_chunk,
+            loss=loss,
+        )
+        self.watch = nn.LSTMCell(4, hidden_size)
+        self.forget, self.enter = (nn.Linear(hidden_size + 2, 1) for _ in range(2))
+        # At first nearly all is kept and little enters: gradient descent with a rate of about 0.01.
+        for gate, (low, high) in ((self.forget, (4.0, 6.0)), (self.enter, (-5.0, -4.0))):
+            nn.init.uniform_(gate.weight, -0.01, 0.01)
+            nn.init.uniform_(gate.bias, low, high)
+
+    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+        """One step of the LSTM, whose state the memory holds: both of `watch`, and the two gates."""
+        with torch.no_grad():
+            losses, gradients = self.support_gradients(parameters, episode)
+            gradient = torch.cat([g.flatten(1) for g in gradients.values()], dim=1).flatten()  # [task * parameter]
+            n_parameters = len(gradient) // len(episode)
+            seen = torch.cat([preprocess(gradient), preprocess(losses.repeat_interleave(n_parameters))], dim=1)
+        cell = torch.cat([p.flatten(1) for p in parameters.values()], dim=1).flatten()
+        watched, forget, enter = memory or (None, torch.zeros_like(cell), torch.zeros_like(cell))
+        watched = self.watch(seen, watched)
+        forget = self._gate(self.forget, watched[0], cell, forget)
+        enter = self._gate(self.enter, watched[0], cell, enter)
+        cells = (forget * cell - enter * gradient).unflatten(0, (len(episode), n_parameters))
+        pieces = cells.split([p[0].numel() for p in parameters.values()], dim=1)
+        moved = {n: piece.view_as(p) for (n, p), piece in zip(parameters.items(), pieces, strict=True)}
+        return moved, (watched, forget, enter)
+
+    def _gate(self, gate: nn.Module, h: Tensor, cell: Tensor, before: Tensor) -> Tensor:
+        return gate(torch.cat([h, cell[:, None], before[:, None]], dim=1)).squeeze(1).sigmoid()
+
+
+def preprocess(values: Float[Tensor, " n"], p: float = 10.0) -> Float[Tensor, "n 2"]:
+    """Size and sign of numbers of any magnitude: `(log|x| / p, sign(x))`, or `(-1, e^p x)` where `|x| < e^-p`.
+
+    Args:
+        values: gradients or losses.
+        p: how small a number still counts.
+
+    Returns:
+        Two numbers each, from about -1 to 1.
+
+    Example:
+        >>> preprocess(torch.tensor([1.0, -math.exp(-5), 0.0]))
+        tensor([[ 0.0000,  1.0000],
+                [-0.5000, -1.0000],
+                [-1.0000,  0.0000]])
+
+    Reference:
+        Andrychowicz et al. (2016), appendix A.
+    """
+    large = values.abs() >= math.exp(-p)
+    size = values.abs().clamp_min(math.exp(-p)).log() / p
+    return torch.stack([torch.where(large, size, -1.0), torch.where(large, values.sign(), math.exp(p) * values)], dim=1)

@@ -1,0 +1,148 @@
+"""Reptile: move the initial parameters towards those that each task ends with; no gradient of a gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metatutor.backbones import Network
+from metatutor.episodes import Episode
+from metatutor.learner import Loss, Parameters
+from metatutor.optimization.base import AdaptingLearner, check_inner_loop
+from metatutor.optimization.engine import with_known_gradient
+
+_BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from dividing by zero
+
+
+@dataclass(frozen=True)
+class ReptileConfig:
+    """The arguments of `Reptile`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        inner_lr: see `Reptile`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> ReptileConfig(inner_steps=10).build(ConvNet(n_outputs=5, filters=8)).config.inner_steps
+        10
+
+    Reference:
+        Nichol, Achiam & Schulman (2018).
+    """
+
+    method: Literal["reptile"] = "reptile"
+    inner_lr: float = 0.001
+    inner_steps: int = 5
+    test_inner_steps: int | None = 50
+    shots_per_step: int | None = 2
+
+    def __post_init__(self) -> None:
+        check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
+        if self.shots_per_step is not None and self.shots_per_step < 1:
+            raise ValueError(f"shots_per_step must be positive, got {self.shots_per_step}")
+
+    def build(self, network: Network) -> Reptile:
+        """The learner with these arguments."""
+        arguments = {name: value for name, value in vars(self).items() if name != "method"}
+        return Reptile(network, **arguments)
+
+
+class Reptile(AdaptingLearner):
+    """Adapts by steps of Adam on mini-batches of the support set; the outer loop moves to where they lead.
+
+    Outer loop: `initial += outer_lr * (mean over tasks of adapted - initial)`. As a gradient for any optimizer:
+    `meta_loss = 1/2 * mean over tasks of |initial - adapted|^2`, with `adapted` held fixed, has the gradient
+    `initial - mean of adapted`. Query images are not used in training: give tasks of more shots instead.
+
+    Inner loop: Adam without momentum, `p -= inner_lr * g / (sqrt(v / (1 - 0.999^t)) + 1e-8)`, where `v` decays by 0.999
+    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn.
+
+    To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
+    training is the same.
+
+    Args:
+        network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
+        inner_lr: of the inner Adam.
+        inner_steps: steps of adaptation while training.
+        test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); None: `inner_steps`.
+        shots_per_step: support images of each class in a mini-batch; None: the whole support set.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(2, 10, 1, 28, 28), torch.arange(5).repeat(2, 2)
+        >>> learner = Reptile(ConvNet(n_outputs=5, filters=8))
+        >>> learner.meta_loss(Episode(images, labels, images[:, :5], labels[:, :5], n_way=5)).shape
+        torch.Size([])
+
+    Reference:
+        Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.1 and appendix A.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        inner_lr: float = ReptileConfig.inner_lr,
+        inner_steps: int = ReptileConfig.inner_steps,
+        test_inner_steps: int | None = ReptileConfig.test_inner_steps,
+        shots_per_step: int | None = ReptileConfig.shots_per_step,
+        tasks_per_chunk: int | None = None,
+        loss: Loss | None = None,
+    ) -> None:
+        self.config = ReptileConfig("reptile", inner_lr, inner_steps, test_inner_steps, shots_per_step)
+        super().__init__(
+            network,
+            inner_steps=inner_steps,
+            test_inner_steps=test_inner_steps,
+            tasks_per_chunk=tasks_per_chunk,
+            loss=loss,
+        )
+
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """Half the mean squared distance from the initial to the adapted parameters, these held fixed."""
+        parameters = dict(self.network.named_parameters())
+        known = []
+        with torch.no_grad():
+            for chunk in self.chunks(episode):
+                towards = {n: adapted - parameters[n] for n, adapted in self.adapt(chunk).items()}
+                loss = sum(t.pow(2).sum() / (2 * len(chunk)) for t in towards.values())
+                known.append((len(chunk) / len(episode), loss, [-t.mean(0) for t in towards.values()]))
+        return with_known_gradient(known, list(parameters.values()))
+
+    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+        """One step of Adam without momentum on the next mini-batch; the memory is its mean squared gradient."""
+        memory = memory or {n: torch.zeros_like(p) for n, p in parameters.items()}
+        _, gradients = self.support_gradients(parameters, self._mini_batch(episode, step))
+        squares = {n: _BETA * memory[n] + (1 - _BETA) * g**2 for n, g in gradients.items()}
+        unbiased = 1 - _BETA ** (step + 1)
+        scales = {n: (s / unbiased).sqrt() + _EPSILON for n, s in squares.items()}
+        return {n: p - self.config.inner_lr * gradients[n] / scales[n] for n, p in parameters.items()}, squares
+
+    def _mini_batch(self, episode: Episode, step: int) -> Episode:
+        """The next shots of every class; after the last one, the first."""
+        n_support, shots = episode.support_images.shape[1], self.config.shots_per_step
+        k_shot = n_support // episode.n_way
+        if shots is None or shots >= k_shot:
+            return episode
+        by_class = episode.support_labels.argsort(dim=1, stable=True).unflatten(1, (episode.n_way, k_shot))
+        at = torch.arange(step * shots, (step + 1) * shots, device=by_class.device) % k_shot
+        chosen = by_class[:, :, at].flatten(1)  # [task, way * shots]
+        tasks = torch.arange(len(episode), device=chosen.device)[:, None]
+        return replace(
+            episode,
+            support_images=episode.support_images[tasks, chosen],
+            support_labels=episode.support_labels[tasks, chosen],
+        )
