@@ -93,6 +93,10 @@ class ClassImages:
         """The same drawings with every class counted four times, once for each quarter turn."""
         return replace(self, rotations=True)
 
+    def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
+        """What draws tasks of these classes."""
+        return EpisodeSampler(self, spec, seed=seed)
+
     def to(self, device: torch.device | str) -> ClassImages:
         """The same classes with their pixels on `device`."""
         return replace(self, images=self.images.to(device))

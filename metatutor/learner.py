@@ -14,7 +14,7 @@ from torch.func import functional_call, vmap
 
 from metatutor.allocator import keep_freed_memory_once
 from metatutor.backbones import Network
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec
 
 Parameters = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, way] and labels [n], or of outputs and targets [n, output]
@@ -60,9 +60,9 @@ class Learner(nn.Module, ABC):
         """What the outer loop minimises: the mean cross-entropy of the query images."""
         return F.cross_entropy(self(episode).flatten(0, 1), episode.query_labels.flatten())
 
-    def sampler(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
+    def sampler(self, classes: Any, spec: EpisodeSpec, *, seed: int = 0) -> Any:
         """What the outer loop draws for this method from the meta-training classes: episodes, as a rule."""
-        return EpisodeSampler(classes, spec, seed=seed)
+        return classes.sampler(spec, seed=seed)
 
     def finish(self) -> None:
         """Drop what only the outer loop needed, before the parameters are recorded: nothing, as a rule."""

@@ -10,24 +10,27 @@ import json
 import os
 import resource
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from metatutor.backbones import ConvNet, Normalization, Pooling
+from metatutor.backbones import MLP, ConvNet, Normalization, Pooling
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
-from metatutor.data import Omniglot, Splits, Strokes
-from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
-from metatutor.evaluation import Evaluation, accuracies, evaluate
+from metatutor.data import Omniglot, Sinusoids, Splits, Strokes
+from metatutor.episodes import ClassImages, EpisodeSpec
+from metatutor.evaluation import Evaluation, Regression, accuracies, evaluate, evaluate_regression
 from metatutor.learner import Learner
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import ImplicitMAMLConfig, MAMLConfig, MetaLSTMConfig, ReptileConfig
+from metatutor.optimization.base import AdaptingLearner
 from metatutor.training import (
     Row,
     TrainConfig,
@@ -89,6 +92,28 @@ class DataConfig:
         return Omniglot.load(root).split(self.split, seed=self.seed, rotations=self.rotations)
 
 
+@dataclass(frozen=True)
+class SinusoidsConfig:
+    """Sine waves instead of characters: train, validation and test draw from the same ones, at other seeds.
+
+    Args:
+        source: the tag of these data in `config.json`.
+
+    Example:
+        >>> SinusoidsConfig().load().test.amplitude
+        (0.1, 5.0)
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 5.1.
+    """
+
+    source: Literal["sinusoids"] = "sinusoids"
+
+    def load(self, root: Path | str | None = None) -> Splits[Sinusoids]:
+        """The waves of the paper."""
+        return Splits(Sinusoids(), Sinusoids(), Sinusoids(), "sinusoids")
+
+
 @cache
 def _strokes() -> Strokes:
     return Strokes.load()
@@ -120,6 +145,30 @@ class NetworkConfig:
     def build(self, n_outputs: int | None) -> ConvNet:
         """The network with this many logits, or without a last layer."""
         return ConvNet(n_outputs, **vars(self))
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """The arguments of `MLP` that a run chooses.
+
+    Args:
+        kind: the tag of this network in `config.json`.
+        hidden: see `MLP`.
+
+    Example:
+        >>> MLPConfig().build(1).n_outputs
+        1
+
+    Reference:
+        See `MLP`.
+    """
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: tuple[int, ...] = (40, 40)
+
+    def build(self, n_outputs: int | None) -> MLP:
+        """The network, of one input."""
+        return MLP(1, n_outputs or 1, hidden=self.hidden)
 
 
 @dataclass(frozen=True)
@@ -182,8 +231,8 @@ class RunConfig:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     learner: LearnerConfig = field(default_factory=MAMLConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    network: tyro.conf.AvoidSubcommands[NetworkConfig | MLPConfig] = field(default_factory=NetworkConfig)
+    data: tyro.conf.AvoidSubcommands[DataConfig | SinusoidsConfig] = field(default_factory=DataConfig)
     n_way: int = 5
     k_shot: int = 1
     n_query: int = 5
@@ -192,11 +241,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         n_way = self.evaluation.n_way
+        if isinstance(self.data, SinusoidsConfig) != isinstance(self.network, MLPConfig):
+            raise ValueError("sinusoids need a network of kind 'mlp', and images need a ConvNet")
         if isinstance(self.learner, _ONE_HEAD) and n_way not in (None, self.n_way):
             raise ValueError(
                 f"evaluation.n_way = {n_way} but a last layer for n_way = {self.n_way} classes; "
                 f"{self.learner.method} is tested with the ways of its training"
             )
+
+    @property
+    def regression(self) -> bool:
+        """Whether numbers are predicted instead of classes."""
+        return isinstance(self.data, SinusoidsConfig)
 
     @property
     def train_spec(self) -> EpisodeSpec:
@@ -205,8 +261,8 @@ class RunConfig:
 
     @property
     def validation_spec(self) -> EpisodeSpec:
-        """The shape of a validation task: that of training, with the test's query images."""
-        return EpisodeSpec(self.n_way, self.k_shot, self.evaluation.n_query)
+        """The shape of a validation task: the ways of training, the shots and query images of the test."""
+        return replace(self.test_spec, n_way=self.n_way)
 
     @property
     def test_spec(self) -> EpisodeSpec:
@@ -219,7 +275,8 @@ class RunConfig:
         """The learner with its initial parameters, drawn from the seed of `train`."""
         with torch.random.fork_rng():
             torch.manual_seed(self.train.seed if self.train else 0)
-            return self.learner.build(self.network.build(self._n_outputs(n_train_classes)))
+            network: Any = self.network.build(self._n_outputs(n_train_classes))
+            return self.learner.build(network)
 
     def _n_outputs(self, n_train_classes: int) -> int | None:
         if isinstance(self.learner, _ONE_HEAD):
@@ -331,12 +388,14 @@ def run_folder(name: str, results: Path | None = None) -> Path:
     return folder
 
 
-def recorded_accuracy(folder: Path) -> Evaluation | None:
+def recorded_accuracy(folder: Path) -> Evaluation | Regression | None:
     """The evaluation recorded in a run's folder, if there is one."""
     path = folder / "evaluation.json"
     if not path.exists():
         return None
     recorded = json.loads(path.read_text())
+    if "mse_by_step" in recorded:
+        return Regression(**{f.name: recorded[f.name] for f in fields(Regression)})
     return Evaluation(**{f.name: recorded[f.name] for f in fields(Evaluation)})
 
 
@@ -408,7 +467,7 @@ def run_training(
     data: Path | str | None = None,
     device: str | None = None,
     progress_bar: bool = True,
-) -> Evaluation:
+) -> Evaluation | Regression:
     """Train and evaluate a configuration; a run killed before goes on where its last checkpoint stood.
 
     Args:
@@ -427,8 +486,8 @@ def run_training(
     check_device(device)
     _claim(folder, config)
     splits = config.data.load(data)
-    EpisodeSampler(splits.test, config.test_spec)  # fails before the training, not after it
-    learner = config.build(len(splits.train))
+    splits.test.sampler(config.test_spec)  # fails before the training, not after it
+    learner = config.build(len(splits.train) if isinstance(splits.train, ClassImages) else 1)
     if config.train is not None:
         sampler = learner.sampler(splits.train, config.train_spec, seed=config.train.seed)
         history = train(
@@ -436,7 +495,7 @@ def run_training(
             sampler,
             config.train,
             folder=folder,
-            validate=lambda current: _validate(current, splits.validation, config.validation_spec),
+            validate=_validation(splits.validation, config.validation_spec),
             device=device,
             progress_bar=progress_bar,
         )
@@ -452,21 +511,20 @@ def run_training(
 
 def evaluate_learner(
     learner: Learner,
-    splits: Splits,
+    splits: Splits[Any],
     config: RunConfig,
     *,
     split: Literal["test", "validation"] = "test",
     n_episodes: int | None = None,
-) -> Evaluation:
-    """Evaluate a learner as its configuration says, on the meta-test (or meta-validation) classes."""
-    return evaluate(
-        learner,
-        getattr(splits, split),
-        config.test_spec,
-        n_episodes=n_episodes or config.evaluation.n_episodes,
-        seed=config.evaluation.seed,
-        split=f"{splits.id}/{split}",
-    )
+) -> Evaluation | Regression:
+    """Evaluate a learner as its configuration says, on the meta-test (or meta-validation) classes or waves."""
+    source, test, spec = getattr(splits, split), config.evaluation, config.test_spec
+    n_episodes = n_episodes or test.n_episodes
+    if isinstance(learner, AdaptingLearner) and isinstance(source, Sinusoids):
+        seed = test.seed if split == "test" else _VALIDATION_SEED
+        return evaluate_regression(learner, source, spec, n_episodes=n_episodes, seed=seed)
+    name = f"{splits.id}/{split}"
+    return evaluate(learner, source, spec, n_episodes=n_episodes, seed=test.seed, split=name)
 
 
 def _claim(folder: Path, config: RunConfig) -> None:
@@ -482,11 +540,13 @@ def _claim(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose a folder you may write to") from None
 
 
-def _validate(learner: Learner, classes: ClassImages, spec: EpisodeSpec) -> float:
-    return accuracies(learner, EpisodeSampler(classes, spec, seed=_VALIDATION_SEED), 200).mean().item()
+def _validation(source: ClassImages | Sinusoids, spec: EpisodeSpec) -> Callable[[Learner], float] | None:
+    if isinstance(source, Sinusoids):
+        return None
+    return lambda learner: accuracies(learner, source.sampler(spec, seed=_VALIDATION_SEED), 200).mean().item()
 
 
-def _record(evaluation: Evaluation, learner: Learner, folder: Path) -> dict[str, Any]:
+def _record(evaluation: Evaluation | Regression, learner: Learner, folder: Path) -> dict[str, Any]:
     history = read_history(folder / "history.csv") if (folder / "history.csv").exists() else []
     return asdict(evaluation) | {
         "train_seconds": round(history[-1]["seconds"], 1) if history else 0.0,

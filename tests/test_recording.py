@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
-from metatutor.evaluation import Evaluation
+from metatutor.evaluation import Evaluation, Regression
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import MAMLConfig
 from metatutor.recording import (
     FILES,
     DataConfig,
     EvaluationConfig,
+    MLPConfig,
     NetworkConfig,
     RunConfig,
+    SinusoidsConfig,
     config_text,
     evaluate_learner,
     load_config,
@@ -50,7 +53,17 @@ METRIC = replace(
     n_way=8,
     evaluation=replace(TINY.evaluation, n_way=5),
 )
+WAVES = RunConfig(
+    learner=MAMLConfig(inner_lr=0.01),
+    network=MLPConfig(hidden=(8,)),
+    data=SinusoidsConfig(),
+    n_way=1,
+    k_shot=5,
+    train=TrainConfig(iterations=3, tasks_per_step=2),
+    evaluation=EvaluationConfig(n_query=10, n_episodes=4),
+)
 CONFIGS = [
+    WAVES,
     TINY,
     PRETRAINED,
     UNTRAINED,
@@ -67,7 +80,9 @@ CONFIGS = [
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    return folder, run_training(TINY, folder, device="cpu", progress_bar=False)
+    evaluation = run_training(TINY, folder, device="cpu", progress_bar=False)
+    assert isinstance(evaluation, Evaluation)
+    return folder, evaluation
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.learner.method)
@@ -184,17 +199,30 @@ def test_too_many_ways_fail_before_the_training(tmp_path: Path) -> None:
 def test_a_run_may_be_tested_with_another_number_of_shots(tmp_path: Path) -> None:
     two = replace(TINY, evaluation=replace(TINY.evaluation, k_shot=2))
     evaluations = [run_training(c, tmp_path / str(c.test_spec.k_shot), progress_bar=False) for c in (TINY, two)]
-    assert [(e.n_way, e.k_shot) for e in evaluations] == [(5, 1), (5, 2)]
+    assert [(vars(e)["n_way"], e.k_shot) for e in evaluations] == [(5, 1), (5, 2)]
     weights = [(tmp_path / k_shot / "model.safetensors").read_bytes() for k_shot in "12"]
     validation = [read_history(tmp_path / k_shot / "history.csv")[-1]["validation_accuracy"] for k_shot in "12"]
     assert weights[0] == weights[1]
-    assert validation[0] == validation[1]  # on tasks like those of training
+    assert validation[0] != validation[1]  # on tasks of as many shots as the test's
 
 
 def test_a_metric_run_may_be_tested_with_another_number_of_ways(tmp_path: Path) -> None:
     evaluation = run_training(METRIC, tmp_path / "run", progress_bar=False)
-    assert (METRIC.train_spec.n_way, METRIC.validation_spec.n_way, evaluation.n_way) == (8, 8, 5)
+    assert (METRIC.train_spec.n_way, METRIC.validation_spec.n_way, vars(evaluation)["n_way"]) == (8, 8, 5)
     assert "network.head.weight" not in load_file(tmp_path / "run" / "model.safetensors")
+
+
+def test_a_regression_is_recorded_step_by_step(tmp_path: Path) -> None:
+    assert WAVES.regression and not TINY.regression
+    found = run_training(WAVES, tmp_path / "run", progress_bar=False)
+    assert isinstance(found, Regression) and len(found.mse_by_step) == len(found.ci95_by_step) == 11
+    assert recorded_accuracy(tmp_path / "run") == found
+    assert "train_seconds" in json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert math.isnan(read_history(tmp_path / "run" / "history.csv")[-1]["train_accuracy"])
+    again = evaluate_learner(load_learner(tmp_path / "run", WAVES), WAVES.data.load(), WAVES)
+    assert again == found
+    with pytest.raises(ValueError, match="sinusoids need a network of kind 'mlp'"):
+        replace(WAVES, network=NetworkConfig())
 
 
 @pytest.mark.parametrize("learner", [MAMLConfig(), ScratchConfig()], ids=lambda learner: learner.method)

@@ -8,13 +8,14 @@ from functools import cache
 import pytest
 
 from metatutor.data import Splits
-from metatutor.recording import DataConfig, evaluate_learner, load_run, run_names
+from metatutor.evaluation import Regression
+from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
 N_EPISODES = 20
 
 
 @cache
-def splits_of(config: DataConfig) -> Splits:
+def splits_of(config: DataConfig | SinusoidsConfig) -> Splits:
     if config.source == "omniglot" and not os.environ.get("METATUTOR_DATA"):
         pytest.skip("set METATUTOR_DATA to a folder with the real Omniglot")
     return config.load()
@@ -26,6 +27,12 @@ def test_recorded_weights_give_the_recorded_accuracy(name: str):
     splits = splits_of(run.config.data)
     found = evaluate_learner(run.learner(), splits, run.config, n_episodes=N_EPISODES)
     recorded = run.evaluation
+    if isinstance(found, Regression):
+        for mse, expected, ci95 in zip(
+            found.mse_by_step, recorded["mse_by_step"], recorded["ci95_by_step"], strict=True
+        ):
+            assert abs(mse - expected) < 4 * ci95 / 1.96 * (recorded["n_episodes"] / N_EPISODES) ** 0.5
+        return
     for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive"):
         assert getattr(found, field) == recorded[field]
     # Four standard errors of a mean over so few tasks. A wrong network is off by far more.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from metatutor.data.omniglot import DownloadError, Omniglot, Splits
+from metatutor.data.sinusoids import Sinusoids, SinusoidSampler
 from metatutor.data.strokes import Strokes
 
-__all__ = ["DownloadError", "Omniglot", "Splits", "Strokes", "load_characters"]
+__all__ = ["DownloadError", "Omniglot", "SinusoidSampler", "Sinusoids", "Splits", "Strokes", "load_characters"]
 
 
 def load_characters(root: Path | str | None = None, *, rotations: bool = True) -> tuple[str, Splits]:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Generic, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -295,8 +296,11 @@ def _write_cache(path: Path, omniglot: Omniglot) -> None:
 # --- the dataset ---
 
 
+Source = TypeVar("Source")  # what tasks are drawn from
+
+
 @dataclass(frozen=True, eq=False)
-class Splits:
+class Splits(Generic[Source]):
     """The classes for meta-training, meta-validation and meta-test; no character, turned or not, is in two of them.
 
     Args:
@@ -318,12 +322,12 @@ class Splits:
         Ravi and Larochelle (2017), Optimization as a Model for Few-Shot Learning, section 2.
     """
 
-    train: ClassImages
-    validation: ClassImages
-    test: ClassImages
+    train: Source
+    validation: Source
+    test: Source
     id: str
 
-    def __iter__(self) -> Iterator[ClassImages]:
+    def __iter__(self) -> Iterator[Source]:
         return iter((self.train, self.validation, self.test))
 
 

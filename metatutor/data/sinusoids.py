@@ -1,0 +1,99 @@
+"""The regression tasks of the MAML paper: a task is a sine wave, of which a few points are known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metatutor.episodes import Episode, EpisodeSpec
+
+
+@dataclass(frozen=True)
+class Sinusoids:
+    """All waves `y = amplitude * sin(x - phase)` of a range of amplitudes and phases, seen between two `x`.
+
+    Args:
+        amplitude: least and greatest.
+        phase: least and greatest, in radians.
+        x: where points are drawn.
+
+    Raises:
+        ValueError: if a range is empty.
+
+    Example:
+        >>> Sinusoids().sampler(EpisodeSpec(n_way=1, k_shot=10, n_query=10)).sample(4).support_images.shape
+        torch.Size([4, 10, 1])
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 5.1.
+    """
+
+    amplitude: tuple[float, float] = (0.1, 5.0)
+    phase: tuple[float, float] = (0.0, math.pi)
+    x: tuple[float, float] = (-5.0, 5.0)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in vars(self).items():
+            if not low < high:
+                raise ValueError(f"{name} must be two numbers, the smaller first, got {low} and {high}")
+
+    def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> SinusoidSampler:
+        """What draws tasks of these waves."""
+        return SinusoidSampler(self, spec, seed=seed)
+
+
+class SinusoidSampler:
+    """Draws waves with `k_shot` support and `n_query` query points each, uniformly from everything.
+
+    Args:
+        waves: where the tasks come from.
+        spec: `k_shot` and `n_query` of each task; one number is asked for, so `n_way` is 1.
+        seed: where the stream of tasks begins.
+
+    Raises:
+        ValueError: if `n_way` is not 1.
+
+    Example:
+        >>> episode = SinusoidSampler(Sinusoids(), EpisodeSpec(1, 5, 20)).sample(2)
+        >>> episode.query_labels.shape, episode.n_way
+        (torch.Size([2, 20, 1]), 1)
+
+    Reference:
+        Finn, Abbeel & Levine (2017), section 5.1.
+    """
+
+    def __init__(self, waves: Sinusoids, spec: EpisodeSpec, *, seed: int = 0) -> None:
+        if spec.n_way != 1:
+            raise ValueError(f"a wave has one value at every point, so n_way must be 1, got {spec.n_way}")
+        self.waves, self.spec = waves, spec
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, n_tasks: int) -> Episode:
+        """Draw the next `n_tasks` tasks: `images` are the `x` and `labels` the `y`, `[task, point, 1]`.
+
+        Raises:
+            ValueError: if `n_tasks` is not positive.
+        """
+        return self.sample_with_waves(n_tasks)[0]
+
+    def sample_with_waves(self, n_tasks: int) -> tuple[Episode, Float[Tensor, "task 2"]]:
+        """Draw the next `n_tasks` tasks; also tell amplitude and phase of each."""
+        if n_tasks < 1:
+            raise ValueError(f"n_tasks must be positive, got {n_tasks}")
+        k_shot, n_query = self.spec.k_shot, self.spec.n_query
+        # one row of random numbers a task, so that a task does not depend on how many are drawn at once
+        drawn = torch.rand(n_tasks, 2 + k_shot + n_query, dtype=torch.float64, generator=self.generator)
+        amplitude, phase, x = (
+            low + (high - low) * part
+            for part, (low, high) in zip(
+                drawn.split([1, 1, k_shot + n_query], dim=1), vars(self.waves).values(), strict=True
+            )
+        )
+        y = amplitude * torch.sin(x - phase)
+        support, query = (slice(0, k_shot), slice(k_shot, None))
+        points = [t[:, part, None].float() for part in (support, query) for t in (x, y)]
+        return Episode(*points, n_way=1), torch.cat([amplitude, phase], dim=1).float()
