@@ -16,18 +16,20 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,17 +45,11 @@ from metatutor.optimization.maml import MAML
 INNER_LR = 0.4
 TOLERANCE = 1e-8  # of the float64 gradients, relative to the greatest entry of each parameter's gradient
 
-SettingName = Literal[
-    "strided-1q-1s",
-    "strided-1q-5s",
-    "strided-15q-1s",
-    "strided-15q-5s",
-    "pooled-1q-1s",
-    "pooled-1q-5s",
-    "pooled-15q-1s",
-    "pooled-15q-5s",
-]
-SETTINGS: tuple[SettingName, ...] = SettingName.__args__  # pyright: ignore[reportAttributeAccessIssue]
+STEPS = (1, 2, 5, 10)
+SETTINGS = (
+    *(f"strided-{queries}q-{steps}s" for queries in (1, 15) for steps in STEPS),
+    *(f"pooled-{queries}q-{steps}s" for queries in (1, 15) for steps in (1, 5)),
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +57,10 @@ class Config:
     """What to measure, and how.
 
     Args:
-        settings: which of the eight settings.
+        settings: which settings, such as `pooled-15q-5s`; any numbers will do.
         peers: which peers to compare with, if installed.
-        variants: also time ours with glibc's own memory limits, and the plain loop with ours.
+        variants: what else to time: `metatutor-recompute`, `metatutor-compiled`, `metatutor-plain-malloc` (glibc's own
+            memory limits), `plain loop-keep-memory` (the plain loop with ours).
         rounds: timed steps of every implementation.
         tasks: tasks in an episode.
         filters: channels of every convolution.
@@ -74,9 +71,9 @@ class Config:
         json: a file to write the rows to.
     """
 
-    settings: tuple[SettingName, ...] = SETTINGS
+    settings: tuple[str, ...] = SETTINGS
     peers: tuple[str, ...] = ("plain loop", "higher", "TorchOpt", "learn2learn")
-    variants: bool = False
+    variants: tuple[str, ...] = ()
     rounds: int = 10
     tasks: int = 32
     filters: int = 64
@@ -91,22 +88,25 @@ class Config:
 class Setting:
     """The shape of the work, and where it is done."""
 
-    name: SettingName
+    name: str
     tasks: int
     filters: int
     device: str
 
     def build(self, dtype: torch.dtype = torch.float32) -> tuple[ConvNet, Episode, int]:
         """The network, the episode and the number of inner steps; the same in every process."""
-        pooling, queries, steps = self.name.split("-")
+        found = re.fullmatch(r"(strided|pooled)-(\d+)q-(\d+)s", self.name)
+        if not found:
+            raise SystemExit(f"no such setting: {self.name}; write it like pooled-15q-5s")
+        pooling, queries, steps = found.groups()
         generator = torch.Generator().manual_seed(0)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = ConvNet(5, filters=self.filters, pooling="max" if pooling == "pooled" else "stride")
-        labels = [torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1) for n in (1, int(queries[:-1]))]
+        labels = [torch.arange(5).repeat_interleave(n).repeat(self.tasks, 1) for n in (1, int(queries))]
         images = [torch.rand(*of_images.shape, 1, 28, 28, generator=generator, dtype=dtype) for of_images in labels]
         episode = Episode(images[0], labels[0], images[1], labels[1], n_way=5)
-        return network.to(self.device, dtype), episode.to(self.device), int(steps[:-1])
+        return network.to(self.device, dtype), episode.to(self.device), int(steps)
 
 
 # --- implementations: each gives a module, and a function that adds one meta-gradient to its parameters' -----------
@@ -114,8 +114,10 @@ class Setting:
 Implementation = Callable[[ConvNet, Episode, int], tuple[nn.Module, Callable[[], None]]]
 
 
-def metatutor(network: ConvNet, episode: Episode, inner_steps: int) -> tuple[nn.Module, Callable[[], None]]:
-    learner = MAML(network, inner_lr=INNER_LR, inner_steps=inner_steps)
+def metatutor(
+    network: ConvNet, episode: Episode, inner_steps: int, **options: Any
+) -> tuple[nn.Module, Callable[[], None]]:
+    learner = MAML(network, inner_lr=INNER_LR, inner_steps=inner_steps, **options)
     return network, lambda: learner.meta_loss(episode).backward()
 
 
@@ -190,6 +192,8 @@ def learn2learn_(network: ConvNet, episode: Episode, inner_steps: int) -> tuple[
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "metatutor": metatutor,
+    "metatutor-recompute": partial(metatutor, recompute=True),
+    "metatutor-compiled": partial(metatutor, compile=True),
     "metatutor-plain-malloc": metatutor,
     "plain loop": plain_loop,
     "plain loop-keep-memory": plain_loop,
@@ -346,6 +350,9 @@ def chosen(config: Config) -> tuple[list[str], list[str]]:
     unknown = set(config.peers) - {"plain loop", *PACKAGES}
     if unknown:
         raise SystemExit(f"no such peer: {', '.join(sorted(unknown))}; choose among plain loop, {', '.join(PACKAGES)}")
+    unknown = set(config.variants) - IMPLEMENTATIONS.keys()
+    if unknown:
+        raise SystemExit(f"no such variant: {', '.join(sorted(unknown))}; choose among {', '.join(IMPLEMENTATIONS)}")
     missing = [peer for peer in config.peers if peer in PACKAGES and find_spec(PACKAGES[peer]) is None]
     return ["metatutor", *(peer for peer in config.peers if peer not in missing)], missing
 
@@ -390,7 +397,6 @@ def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
         torch.set_num_threads(config.threads)
     n_tasks, rounds = (4, 2) if config.quick else (config.tasks, config.rounds)
     names, missing = chosen(config)
-    variants = ["metatutor-plain-malloc", "plain loop-keep-memory"] if config.variants else []
     print(machine(config))
     print(", ".join(f"{name} {version(PACKAGES[name])}" for name in names if name in PACKAGES), flush=True)
     for name in missing:
@@ -400,11 +406,11 @@ def main(config: Annotated[Config, tyro.conf.arg(name="")]) -> None:
     rows = []
     for name in config.settings:
         setting = Setting(name, n_tasks, config.filters, config.device)
-        differences = check(setting, names)
+        differences = check(setting, [*names, *config.variants])
         if config.check_only:
             print("\n".join(f"{name:<15} {n:<23} {'':>37} {d:>11.0e}" for n, d in differences.items()), flush=True)
             continue
-        measurements = measure(setting, [*names, *variants], rounds, config.threads)
+        measurements = measure(setting, [*names, *config.variants], rounds, config.threads)
         print(table(name, measurements, names, differences), flush=True)
         rows += rows_of(name, measurements)
     if config.json and rows:

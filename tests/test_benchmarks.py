@@ -36,6 +36,15 @@ def test_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "fastest peer, plain loop" in capsys.readouterr().out
 
 
-def test_unknown_peer() -> None:
+def test_recomputing_is_measured_as_the_same_gradient() -> None:
+    setting = Setting("strided-1q-2s", tasks=2, filters=8, device="cpu")
+    assert check(setting, ["metatutor-recompute"])["metatutor-recompute"] < 1e-10
+
+
+def test_unknown_names() -> None:
     with pytest.raises(SystemExit, match="no such peer: nobody"):
         chosen(Config(peers=("nobody",)))
+    with pytest.raises(SystemExit, match="no such variant: faster"):
+        chosen(Config(variants=("faster",)))
+    with pytest.raises(SystemExit, match="no such setting: wide-1q-1s"):
+        Setting("wide-1q-1s", tasks=2, filters=8, device="cpu").build()

@@ -17,10 +17,13 @@ def results_table(results: Path) -> str:
     for path in sorted(results.glob("*/evaluation.json")):
         about = json.loads(path.read_text())
         trained = f"{about['train_seconds'] / 60:.0f} min, {about['device']}" if about["train_seconds"] else "–"
-        rows.append(
-            f"| `{path.parent.name}` | {about['n_way']}-way {about['k_shot']}-shot "
-            f"| {100 * about['accuracy']:.1f} ± {100 * about['ci95']:.1f}% | {trained} | {about['parameters']:,} |"
-        )
+        if "mse_by_step" in about:
+            steps, mse, ci95 = len(about["mse_by_step"]) - 1, about["mse_by_step"][-1], about["ci95_by_step"][-1]
+            task, found = f"sine waves, {about['k_shot']} points", f"MSE {mse:.2f} ± {ci95:.2f} after {steps} steps"
+        else:
+            task = f"{about['n_way']}-way {about['k_shot']}-shot"
+            found = f"{100 * about['accuracy']:.1f} ± {100 * about['ci95']:.1f}%"
+        rows.append(f"| `{path.parent.name}` | {task} | {found} | {trained} | {about['parameters']:,} |")
     return "\n".join(rows)
 
 
