@@ -158,6 +158,53 @@ def check_prototype_probability(
     return _number(answer, right, mistakes, within=1e-6)
 
 
+def check_meta_gradient_factor(answer: object, inner_lr: float, inner_steps: int) -> Verdict:
+    """Judge MAML's gradient as a fraction of pretraining's, for the loss `(w - a)^2 / 2` on support and query.
+
+    Args:
+        answer: the reader's factor.
+        inner_lr: rate of the inner steps.
+        inner_steps: how many.
+
+    Returns:
+        A verdict; a hundred-thousandth away is right.
+
+    Example:
+        >>> check_meta_gradient_factor(0.0625, inner_lr=0.5, inner_steps=2)
+        ✓ 0.0625 it is.
+    """
+    left = (1 - inner_lr) ** inner_steps
+    mistakes = {
+        left: "is first-order MAML's: it forgets that the steps pass on only a part of any change at the beginning.",
+        1 - left: "is Reptile's: how far the steps lead.",
+    }
+    return _number(answer, left**2, mistakes, within=1e-5)
+
+
+def check_strong_spring(answer: object) -> Verdict:
+    """Judge what implicit MAML becomes if nothing can move away from the initial parameters.
+
+    Args:
+        answer: `"MAML"`, `"pretraining"` or `"Reptile"`.
+
+    Returns:
+        A verdict.
+
+    Example:
+        >>> check_strong_spring("Reptile")
+        ✗ Reptile looks where the steps lead; held by such a spring, they lead nowhere.
+    """
+    if answer == "pretraining":
+        return Verdict(True, "Nothing moves, so the loss after adaptation is the loss before it.")
+    mistakes = {
+        ...: _NOTHING_YET,
+        "MAML": "MAML lets the steps go where they like; held by such a spring, they lead nowhere.",
+        "Reptile": "Reptile looks where the steps lead; held by such a spring, they lead nowhere.",
+    }
+    known = isinstance(answer, str) or answer is ...
+    return Verdict(False, mistakes.get(answer, "One of the three words, please.") if known else "A word, please.")
+
+
 def check_kept_numbers(answer: object, n_classes: int, k_shot: int, embedding_size: int) -> Verdict:
     """Judge how many numbers must be kept of the support images: with prototypes, and with Matching Networks.
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from math import gcd
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvBlock, ConvNet, Normalization, Pooling
+from metatutor.backbones import MLP, ConvBlock, ConvNet, Network, Normalization, Pooling
+
+AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
 
 def n_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def random(network: ConvNet, seed: int = 0) -> ConvNet:
+def random(network: AnyNetwork, seed: int = 0) -> AnyNetwork:
     """The network in float64, every parameter random: scales and shifts too."""
     generator = torch.Generator().manual_seed(seed)
     network.double()
@@ -255,3 +257,61 @@ def test_a_block_of_pairs_is_the_block_of_stacked_pairs(pooling: Pooling, normal
     first, second = torch.rand(3, 2, 8, 8, dtype=torch.float64), torch.rand(4, 3, 8, 8, dtype=torch.float64)
     pairs = torch.stack([torch.cat([a, b]) for b in second for a in first])
     assert torch.allclose(block.of_pairs(first, second, 6), block(pairs, 6))
+
+
+# --- without convolutions --------------------------------------------------------------------------------------
+
+
+def test_parameters_of_the_papers_regression_network():
+    """One number in, two layers of 40, one number out."""
+    assert n_parameters(MLP()) == (40 + 40) + (40 * 40 + 40) + (40 + 1) == 1761
+    assert n_parameters(MLP(3, 2, hidden=())) == 3 * 2 + 2
+    names = [name for name, _ in MLP().named_parameters()]
+    assert names == [f"{layer}.{kind}" for layer in ("hidden.0", "hidden.1", "head") for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("hidden", [(), (4,), (5, 3)])
+def test_a_multilayer_perceptron_of_plain_torch(hidden: tuple[int, ...]):
+    """Values and gradients; the last layer has no ReLU."""
+    network = random(MLP(2, 3, hidden=hidden))
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise((2, *hidden)):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    reference = nn.Sequential(*layers, nn.Linear((2, *hidden)[-1], 3)).double()
+    for theirs, ours in zip(reference.parameters(), network.parameters(), strict=True):
+        theirs.data = ours.detach().clone()
+    inputs = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = network(inputs), reference(inputs)
+    assert ours.shape == (50, 3)
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert (ours < 0).any() and (ours > 0).any()
+    parameters = [list(module.parameters()) for module in (network, reference)]
+    of_ours, of_theirs = (
+        torch.autograd.grad(o.pow(3).sum(), p) for o, p in zip((ours, theirs), parameters, strict=True)
+    )
+    assert all(torch.allclose(a, b, rtol=1e-10) for a, b in zip(of_ours, of_theirs, strict=True))
+
+
+def test_a_multilayer_perceptron_answers_each_input_by_itself():
+    network = random(MLP(2, 1, hidden=(4,)))
+    assert isinstance(network, Network)
+    assert (network.normalization, network.transductive, network.n_outputs) == ("none", False, 1)
+    inputs = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    other = inputs.clone()
+    other[2] += 1
+    for n_support in (None, 3):
+        changed = (network(inputs, n_support) != network(other, n_support)).any(1)
+        assert changed.tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_inputs": 0}, "n_inputs must be a positive integer, got 0"),
+        ({"n_outputs": -1}, "n_outputs must be a positive integer, got -1"),
+        ({"hidden": (40, 0)}, "hidden[1] must be a positive integer, got 0"),
+    ],
+)
+def test_mistakes_of_a_multilayer_perceptron_are_named(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        MLP(**options)

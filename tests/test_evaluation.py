@@ -1,4 +1,4 @@
-"""The mean and its interval, by hand; and that nothing but the seed and the classes decides them."""
+"""The mean and its interval, by hand; and that nothing but the seed and the tasks decides them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import MLP, ConvNet
+from metatutor.data import Sinusoids
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
-from metatutor.evaluation import Evaluation, accuracies, confidence95, evaluate
-from metatutor.learner import Learner
-from metatutor.optimization import MAML
+from metatutor.evaluation import (
+    Evaluation,
+    Regression,
+    accuracies,
+    confidence95,
+    evaluate,
+    evaluate_regression,
+    squared_errors,
+)
+from metatutor.learner import Learner, Parameters
+from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
+from metatutor.optimization.base import AdaptingLearner
 
 SPEC = EpisodeSpec(n_way=3, k_shot=1, n_query=4)
 Classes = Callable[..., ClassImages]
@@ -167,3 +177,111 @@ def test_no_interval_of_fewer_than_two(class_images: Classes, n_episodes: int):
     message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(Scripted([12]), class_images(), SPEC, n_episodes=n_episodes)
+
+
+# --- regression ------------------------------------------------------------------------------------------------
+
+
+WAVES = EpisodeSpec(n_way=1, k_shot=4, n_query=6)
+
+
+class Approaching(AdaptingLearner):
+    """Knows each task's waves from its support set: after every step, half of the way from 0 is left."""
+
+    def __init__(self) -> None:
+        super().__init__(MLP(1, 1, hidden=()), inner_steps=1)
+        for parameter in self.network.parameters():
+            nn.init.zeros_(parameter)
+
+    def inner_step(self, parameters: Parameters, memory: object, episode: Episode, step: int) -> tuple[Parameters, int]:
+        means = episode.support_labels.mean(1)  # [task, 1]
+        return parameters | {"head.bias": (1 - 0.5 ** (step + 1)) * means}, step
+
+
+def test_squared_errors_by_hand():
+    """The answer to every query is 0, then 1/2, then 3/4 of the mean support target of its own task."""
+    found = squared_errors(Approaching(), Sinusoids().sampler(WAVES, seed=3), 7, inner_steps=2)
+    episode = Sinusoids().sampler(WAVES, seed=3).sample(7)
+    for task in range(7):
+        mean = np.mean(episode.support_labels[task].numpy().astype(float))
+        targets = episode.query_labels[task].numpy().astype(float)
+        expected = [np.mean((part * mean - targets) ** 2) for part in (0, 0.5, 0.75)]
+        assert found[task].tolist() == pytest.approx(expected, rel=1e-5)
+    assert found.dtype == torch.float64
+
+
+@pytest.mark.parametrize("method", [MAML, Reptile, ImplicitMAML, MetaLSTM])
+def test_squared_errors_are_those_of_the_adapted_learner(method: Callable[..., AdaptingLearner]):
+    """After each step as if it were the last one; so many as are asked for, whatever the learner's own numbers."""
+    options = {} if method is MetaLSTM else {"inner_lr": 0.01}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        learner = method(MLP(hidden=(5,)), **options)
+    found = squared_errors(learner, Sinusoids().sampler(WAVES, seed=3), 5, inner_steps=3)
+    episode = Sinusoids().sampler(WAVES, seed=3).sample(5)
+    assert found.shape == (5, 4)
+    for step in range(4):
+        outputs = learner.query_logits(episode, learner.adapt(episode, step))
+        expected = (outputs - episode.query_labels).pow(2).mean((1, 2)).double()
+        assert torch.allclose(found[:, step], expected, rtol=1e-5)
+    assert (found[:, 1:] != found[:, :-1]).all()
+
+
+def test_regression_mean_and_interval_by_hand():
+    result = evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=9, seed=3, inner_steps=2)
+    of_tasks = squared_errors(Approaching(), Sinusoids().sampler(WAVES, seed=3), 9, inner_steps=2).numpy()
+    assert result.mse_by_step == pytest.approx(of_tasks.mean(0).tolist(), rel=1e-12)
+    assert result.ci95_by_step == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 3).tolist(), rel=1e-12)
+    expected = {"n_episodes": 9, "k_shot": 4, "n_query": 6, "seed": 3}
+    assert {n: v for n, v in asdict(result).items() if not n.endswith("_by_step")} == expected
+    assert len(evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=2, inner_steps=0).mse_by_step) == 1
+
+
+def test_the_error_of_zero_is_what_the_waves_say():
+    """The mean of `(a sin u)^2` over amplitudes from 1 to 2 and half a period of phases: half the mean of `a^2`."""
+    result = evaluate_regression(Approaching(), Sinusoids((1.0, 2.0)), WAVES, n_episodes=2000, inner_steps=0)
+    assert abs(result.mse_by_step[0] - (2**3 - 1) / 3 / 2) < 2 * result.ci95_by_step[0]
+    assert 0 < result.ci95_by_step[0] < 0.05
+
+
+def test_same_seed_same_regression():
+    results = []
+    for seed, n_episodes in ((3, 20), (3, 20), (4, 20), (3, 10)):
+        torch.rand(3)  # the global generator is elsewhere each time
+        results.append(evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes, seed=seed))
+    assert results[0] == results[1]
+    assert results[0].mse_by_step[0] != results[2].mse_by_step[0]
+    few, more = (squared_errors(Approaching(), Sinusoids().sampler(WAVES), n, inner_steps=1) for n in (10, 40))
+    assert torch.equal(more[:10], few)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_regression_leaves_the_learner_as_it_was(training: bool):
+    """Same parameters, same mode, no gradients; and the mode does not matter."""
+    learner = MAML(MLP(hidden=(5,)), inner_lr=0.01, inner_steps=1, test_inner_steps=7).train(training)
+    before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+    result = evaluate_regression(learner, Sinusoids(), WAVES, n_episodes=4, inner_steps=2)
+    assert result == evaluate_regression(learner.train(not training), Sinusoids(), WAVES, n_episodes=4, inner_steps=2)
+    assert learner.training is not training
+    assert torch.is_grad_enabled()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_dict().items())
+    assert all(p.grad is None for p in learner.parameters())
+
+
+@pytest.mark.parametrize(
+    ("mse", "ci95", "sentence"),
+    [
+        ([3.1, 0.25], [0.2, 0.03], "MSE 0.25 ± 0.03 after 1 step"),
+        ([3.1, 1.0, 0.456], [0.2, 0.1, 0.0149], "MSE 0.46 ± 0.01 after 2 steps"),
+        ([3.14159], [0.2], "MSE 3.14 ± 0.20 after 0 steps"),
+    ],
+)
+def test_prints_the_error_after_the_last_step(mse: list[float], ci95: list[float], sentence: str):
+    assert str(Regression(mse, ci95, 600, 10, 100, 0)) == sentence
+
+
+@pytest.mark.parametrize("n_episodes", [1, 0, -3])
+def test_no_interval_of_fewer_than_two_regressions(n_episodes: int):
+    message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes)

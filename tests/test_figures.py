@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -15,11 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from metatutor import figures
+from metatutor.backbones import MLP, ConvNet
 from metatutor.episodes import Episode
 from metatutor.figures import Picture
 from metatutor.metric.base import class_means
 from metatutor.metric.matching import attend
 from metatutor.metric.prototypical import similarity
+from metatutor.optimization.maml import MAML
 
 
 def episode(n_query: int = 2) -> Episode:
@@ -64,6 +68,12 @@ ALL: dict[str, Callable[[], Picture]] = {
     "embedding": lambda: figures.embedding(episode(), {"here": (torch.rand(5, 8), torch.rand(10, 8))}),
     "matrices": lambda: figures.matrices({"a": torch.rand(6, 6), "b": torch.rand(6, 6)}, classes=3, unit="cosine"),
     "confusions": lambda: figures.confusions(torch.rand(5, 3, 1, 28, 28)),
+    "waves": lambda: figures.waves(
+        {name: {0: torch.zeros(9), 1: torch.ones(9), 10: torch.arange(9.0)} for name in ("MAML", "pretrained")},
+        torch.arange(9.0),
+        points=torch.rand(4, 2),
+        truth=torch.arange(9.0).sin(),
+    ),
     "families": lambda: figures.families(three_tasks()),
 }
 
@@ -141,19 +151,24 @@ document.body.dataset.found = JSON.stringify(found);
 """
 
 
+def found_in_the_browser(tmp_path: Path, shown: str, script: str) -> Any:
+    """What a script leaves in `document.body.dataset.found` of a page with a figure."""
+    page = tmp_path / "page.html"
+    page.write_text(f'<!doctype html><meta charset="utf-8"><body>{shown}{script}</body>', encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    run = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    written = re.search(r'data-found="([^"]*)"', run.stdout)
+    assert written, run.stdout[-2000:]
+    return json.loads(html.unescape(written[1]))
+
+
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
 def test_the_page_computes_what_the_package_computes(tmp_path):
     generator = torch.Generator().manual_seed(0)
     support = 4 * torch.rand(6, 2, generator=generator, dtype=torch.float64) - 2
     labels, query = torch.arange(3).repeat(2), torch.tensor([0.5, -0.3], dtype=torch.float64)
-    page = tmp_path / "page.html"
     shown = figures.movable_plane(support, labels, query)
-    page.write_text(f'<!doctype html><meta charset="utf-8"><body>{shown}{MOVES}</body>', encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    run = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    written = re.search(r'data-found="([^"]*)"', run.stdout)
-    assert written, run.stdout[-2000:]
-    found = torch.tensor(json.loads(html.unescape(written[1])), dtype=torch.float64)
+    found = torch.tensor(found_in_the_browser(tmp_path, shown, MOVES), dtype=torch.float64)
 
     def expected(method: int) -> torch.Tensor:
         if method == 2:
@@ -166,3 +181,132 @@ def test_the_page_computes_what_the_package_computes(tmp_path):
         assert torch.allclose(found[step], expected(step // 2), atol=1e-4), step
         if step % 2 == 0:
             support[0, 0], query[1] = support[0, 0] + 0.1, query[1] + 0.1
+
+
+WAVE_MOVES = """
+<script>
+const box = document.querySelector("div[id^=wave]"), board = box.querySelector(".board"), found = [];
+const [steps, rate] = box.querySelectorAll("[type=range]"), radios = box.querySelectorAll("[type=radio]");
+const points = () => [...box.querySelectorAll(".move")].filter((point) => point.style.display !== "none");
+const press = (point, key) => point.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const slide = (slider, value) => { slider.value = value; slider.dispatchEvent(new Event("input", {bubbles: true})); };
+const button = (name) => [...box.querySelectorAll("button")].find((b) => b.textContent === name).click();
+const point = (kind, target, clientX, clientY) => target.dispatchEvent(
+  new PointerEvent(kind, {clientX, clientY, bubbles: true}));
+const at = (x, y) => {
+  const on = box.querySelector(".plot").getBoundingClientRect();
+  return [on.left + on.width * (x + 5) / 10, on.top + on.height * (6 - y) / 12];
+};
+let drawn = 1;
+Math.random = () => (drawn = drawn * 16807 % 2147483647) / 2147483647;
+const note = (does) => {
+  const {points, losses, curve} = box.dataset;
+  const chosen = [...radios].findIndex((radio) => radio.checked), texts = [...box.querySelectorAll("td, th")];
+  found.push({does, chosen, steps: Number(steps.value), rate: 0.01 * 10 ** rate.value, points: JSON.parse(points),
+    losses: JSON.parse(losses), curve: JSON.parse(curve), text: texts.map((text) => text.textContent).join("|")});
+};
+note("nothing");
+slide(steps, 10); note("steps");
+slide(rate, 0.4); note("rate");
+radios[1].click(); note("network");
+point("click", board, ...at(-4, 2)); note("add");
+press(points()[0], "ArrowUp"); press(points()[0], "ArrowLeft"); note("keys");
+point("pointerdown", points()[1], ...at(0, 0)); point("pointermove", window, ...at(3, -2));
+point("pointerup", window, ...at(3, -2)); point("click", points()[1], ...at(3, -2)); note("drag");
+point("pointerdown", points()[1], ...at(3, -2)); point("pointerup", window, ...at(3, -2));
+point("click", points()[1], ...at(3, -2)); note("remove");
+press(points()[0], "Delete"); slide(steps, 3); slide(rate, -0.7); note("delete");
+button("clear"); note("clear");
+for (let i = 0; i < 30; i++) button("add a point");
+note("many");
+button("new wave"); slide(rate, 0); note("new wave");
+radios[2].click(); slide(rate, 1); slide(steps, 10); note("diverge");
+button("start again"); note("nothing");
+document.body.dataset.found = JSON.stringify(found);
+</script>
+"""
+
+
+def rounded_mlp(seed: int, size: float = 1.0) -> MLP:
+    """A float64 network whose weights have six digits, as in the page."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = MLP(hidden=(40, 20)).double()
+    for p in network.parameters():
+        p.data = torch.tensor([float(f"{size * v:.6g}") for v in p.flatten().tolist()], dtype=p.dtype).view_as(p)
+    return network
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
+def test_the_page_adapts_as_maml_does(tmp_path: Path) -> None:
+    networks = {"small": rounded_mlp(0), "<large>": rounded_mlp(1, 1.5), "too large": rounded_mlp(1, 4.0)}
+    points = torch.tensor([[-3.0, 1.5], [0.0, 0.0], [2.5, -1.25]], dtype=torch.float64)
+    shown = figures.adapting_wave(networks, points, inner_lr=0.01, wave=torch.tensor([2.0, 0.5]))
+    found = found_in_the_browser(tmp_path, shown, WAVE_MOVES)
+    assert len({(state["chosen"], state["steps"], state["rate"]) for state in found}) >= 6
+    x = torch.linspace(-5, 5, 201, dtype=torch.float64)[:, None]
+    for state in found:
+        if state["does"] in ("clear", "diverge"):
+            continue
+        known_x, known_y = torch.tensor(state["points"], dtype=torch.float64).T[:, None, :, None]
+        learner = MAML(list(networks.values())[state["chosen"]], inner_lr=state["rate"])
+        asked = Episode(known_x, known_y, x[None], torch.zeros_like(x)[None], n_way=1)
+        adapted = learner.adapt(asked, state["steps"])
+        curve = learner.query_logits(asked, adapted)[0, :, 0]
+        losses = [learner.support_losses(asked, p).item() for p in (learner.adapt(asked, 0), adapted)]
+        assert torch.allclose(torch.tensor(state["curve"], dtype=torch.float64), curve, atol=1e-4), state["does"]
+        assert state["losses"] == pytest.approx(losses, abs=1e-4), state["does"]
+
+    assert found[0] == found[-1] and found[0]["points"] == points.tolist()
+    by_name = {state["does"]: state for state in found}
+    assert by_name["add"]["points"][:3] == points.tolist()
+    assert by_name["add"]["points"][3] == pytest.approx([-4, 2], abs=0.05)
+    assert by_name["keys"]["points"][0] == pytest.approx([-3.1, 1.6])
+    assert by_name["drag"]["points"][1] == pytest.approx([3, -2], abs=0.05)
+    assert len(by_name["drag"]["points"]) == 4
+    assert by_name["remove"]["points"] == [p for i, p in enumerate(by_name["drag"]["points"]) if i != 1]
+    assert by_name["delete"]["points"] == by_name["remove"]["points"][1:]
+    assert by_name["clear"]["points"] == [] and by_name["clear"]["losses"] == [None, None]
+    assert len(by_name["many"]["points"]) == 20 and len(by_name["new wave"]["points"]) == 10
+    assert by_name["diverge"]["curve"] == [] and by_name["diverge"]["losses"][1] is None
+    assert by_name["diverge"]["text"].count("diverged") == 2 and "diverged" not in by_name["new wave"]["text"]
+    assert "|after 1 step|" in found[0]["text"] and "|after 10 steps|" in found[1]["text"]
+
+
+def test_a_wave_to_be_played_with_needs_no_network_and_has_its_labels() -> None:
+    shown = figures.adapting_wave({"a<b": MLP(), "</script>": MLP()}, torch.zeros(1, 2), inner_lr=0.1, steps=5)
+    assert "http" not in shown.replace("http://www.w3.org/2000/svg", "") and "src=" not in shown
+    assert shown.count("<script") == shown.count("</script") == 1
+    assert "a&lt;b" in shown and "a<b" not in shown
+    assert shown.count('type="radio"') == 2 and shown.count(" checked>") == 2  # one of them, and the box of the wave
+    for text in (
+        'aria-label="initial parameters"',
+        'aria-live="polite"',
+        "arrow keys move it",
+        ">inner learning rate<",
+    ):
+        assert text in shown
+    ids = re.findall(r'<input type="range" id="([^"]+)"', shown)
+    assert len(ids) == 2 and all(f'<label for="{name}">' in shown for name in ids)
+    assert 'max="5"' in shown and shown == shown._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"networks": {}}, "networks must name at least one network"),
+        ({"networks": {"a": ConvNet(1)}}, "networks['a'] must be an MLP of one input and one output, got ConvNet"),
+        ({"networks": {"a": MLP(2)}}, "networks['a'] must be an MLP of one input and one output, got MLP of 2 and 1"),
+        ({"points": torch.zeros(3)}, "points must be [n, 2], an x and a y in each row, got [3]"),
+        ({"points": torch.zeros(2, 3)}, "points must be [n, 2], an x and a y in each row, got [2, 3]"),
+        ({"points": torch.zeros(21, 2)}, "there is room for 20 points, got 21"),
+        ({"points": torch.tensor([[6.0, 0.0]])}, "points must lie within x from -5.0 to 5.0, y up to ±6.0"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"inner_lr": 0.0}, "inner_lr must be positive, got 0.0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked_types")
+def test_what_a_wave_cannot_be_adapted_from(change: dict[str, Any], message: str) -> None:
+    arguments = {"networks": {"a": MLP()}, "points": torch.zeros(1, 2), "inner_lr": 0.01} | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        figures.adapting_wave(**arguments)

@@ -238,6 +238,40 @@ def test_gradients_do_not_add_up_over_steps(tmp_path: Path):
     assert (learner.linear.weight.grad == 1).all()
 
 
+def test_plain_descent_moves_by_rate_times_gradient():
+    """By no more and no less, though the gradients before were others: no momentum, no scale. Adam does not."""
+    slopes = [4.0, 4.0, -1.0, 8.0]
+    config = replace(CONFIG, iterations=4, outer_lr=0.25, warmup=2, schedule="constant", clip_norm=1e9)
+
+    def moves(config: TrainConfig) -> list[float]:
+        learner, remaining = Line().double(), iter(slopes)
+
+        def sloping(episode: Episode) -> Tensor:
+            learner.positions.append(learner.linear.weight[0, 0].item())
+            return next(remaining) * learner.linear.weight.sum()
+
+        learner.meta_loss = sloping
+        fit(learner, InDoublePrecision(sampler()), config)
+        positions = [*learner.positions, learner.linear.weight[0, 0].item()]
+        return [after - before for before, after in pairwise(positions)]
+
+    rates = [0.125, 0.25, 0.25, 0.25]
+    expected = [-rate * slope for rate, slope in zip(rates, slopes, strict=True)]
+    assert moves(replace(config, optimizer="sgd")) == pytest.approx(expected, rel=1e-12)
+    assert moves(replace(config, optimizer="adam"))[0] == pytest.approx(-0.125, rel=1e-6)
+    assert config.optimizer == "adam"
+
+
+def test_plain_descent_clips_too():
+    """All 195 parameters have the gradient 1; what reaches the optimizer is of length 1/2."""
+    learner = Line().double()
+    start = learner.linear.weight[0, 0].item()
+    learner.meta_loss = lambda episode: torch.stack([p.sum() for p in learner.parameters()]).sum()
+    config = replace(CONFIG, iterations=1, warmup=0, outer_lr=2.0, clip_norm=0.5, optimizer="sgd")
+    fit(learner, InDoublePrecision(sampler()), config)
+    assert start - learner.linear.weight[0, 0].item() == pytest.approx(2 * 0.5 / 195**0.5, rel=1e-5)
+
+
 # --- when it goes wrong ----------------------------------------------------------------------------------------
 
 
@@ -311,6 +345,13 @@ def test_warmup_and_schedule_out_of_range():
             TrainConfig(**options)
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_an_unknown_optimizer():
+    options: dict[str, Any] = {"optimizer": "rmsprop"}
+    with pytest.raises(ValueError, match=exactly("optimizer must be 'adam' or 'sgd', got 'rmsprop'")):
+        TrainConfig(**options)
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------
 
 
@@ -348,6 +389,19 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(tmp_path: Path, draw: int
     assert without_seconds(read_history(tmp_path / "cut" / "history.csv")) == without_seconds(
         [dict.fromkeys(HISTORY_FIELDS, 0.0) | {name: float(value) for name, value in row.items()} for row in expected]
     )
+
+
+def test_a_resumed_run_of_plain_descent_too(tmp_path: Path):
+    config, whole, learner = replace(CONFIG, optimizer="sgd"), Line(), Line()
+    fit(whole, config=config)
+    with pytest.raises(PowerCut):
+        fit(Line(), Tampered(sampler(), cut_at(8)), config, tmp_path)
+    fit(learner, config=config, folder=tmp_path)
+    assert same_weights(learner, whole)
+    assert len(learner.modes) == 4  # from the checkpoint of the sixth step
+    adam = Line()
+    fit(adam)
+    assert not same_weights(adam, whole)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path: Path):
@@ -414,6 +468,9 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=exactly(message)):
         fit(learner, config=replace(CONFIG, outer_lr=0.5, seed=1), folder=tmp_path)
     assert same_weights(learner, Line())
+    message = f"{path} was trained with another optimizer; delete it or choose another folder"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(learner, config=replace(CONFIG, optimizer="sgd"), folder=tmp_path)
     contents = path.read_bytes()
     torch.save(learner.state_dict(), path)
     weights = path.read_bytes()

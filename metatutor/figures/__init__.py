@@ -9,23 +9,29 @@ from metatutor.figures.curves import bands, by_layer, certainty, intervals, lear
 from metatutor.figures.images import adaptation, answers, characters, task
 from metatutor.figures.interactive import movable_plane
 from metatutor.figures.metric import confusions, embedding, matrices, plane
+from metatutor.figures.optimization import beginnings, heat, journeys
 from metatutor.figures.shown import Shown, live, stepper, table
 from metatutor.figures.style import COLOURS, Picture
+from metatutor.figures.waves import adapting_wave, waves
 
 __all__ = [
     "COLOURS",
     "Picture",
     "Shown",
     "adaptation",
+    "adapting_wave",
     "answers",
     "bands",
+    "beginnings",
     "by_layer",
     "certainty",
     "characters",
     "confusions",
     "embedding",
     "families",
+    "heat",
     "intervals",
+    "journeys",
     "learning_curve",
     "lines",
     "live",
@@ -36,4 +42,5 @@ __all__ = [
     "stepper",
     "table",
     "task",
+    "waves",
 ]

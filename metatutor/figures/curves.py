@@ -174,14 +174,16 @@ def bands(
     *,
     x: str,
     y: str = "accuracy",
+    percent: bool = True,
     levels: Mapping[str, float] | None = None,
 ) -> Picture:
-    """Mean accuracies with their 95% intervals: few as points with bars, many as a line with a band.
+    """Mean accuracies, or other means, with their 95% intervals: few as points with bars, many as a line with a band.
 
     Args:
         series: name to accuracies (0–1), one a task, at each place of the horizontal axis.
         at: these places.
         x, y: what the axes show, with the unit.
+        percent: whether the values are fractions, written as percentages.
         levels: name to height of thin horizontal lines, such as that of guessing.
 
     Example:
@@ -200,8 +202,9 @@ def bands(
     for name, height in (levels or {}).items():
         axes.axhline(height, color=GREY, lw=1, ls=":")
         axes.text(1.01, height, name, transform=axes.get_yaxis_transform(), color=GREY, va="center", size=9)
-    axes.set(xlabel=x, ylabel=y, ylim=(0, 1.03))
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.set(xlabel=x, ylabel=y, ylim=(0, 1.03 if percent else None))
+    if percent:
+        axes.yaxis.set_major_formatter("{x:.0%}")
     figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
 

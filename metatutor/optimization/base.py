@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, NetworkLearner, Parameters
 from metatutor.optimization.engine import chunks, with_known_gradient
+
+Vectors = Float[Tensor, "task parameter"]  # all parameters of a task in a row
 
 
 class AdaptingLearner(NetworkLearner):
@@ -94,7 +96,8 @@ class AdaptingLearner(NetworkLearner):
     def meta_gradient(self, episode: Episode) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The meta-loss of one chunk, and its gradient in each of `meta_parameters`."""
         loss = super().meta_loss(episode)
-        return loss.detach(), list(torch.autograd.grad(loss, self.meta_parameters()))
+        parameters = self.meta_parameters()
+        return loss.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     def meta_parameters(self) -> list[Tensor]:
         """What the outer loop learns."""
@@ -169,6 +172,17 @@ class AdaptingLearner(NetworkLearner):
 def leaves(parameters: Parameters) -> Parameters:
     """The same parameters without their past."""
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
+
+
+def as_vectors(tensors: Iterable[Tensor]) -> Vectors:
+    """Tensors `[task, ...]`, one after the other, as a vector for each task."""
+    return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
+
+
+def as_parameters(vectors: Vectors, like: Parameters) -> Parameters:
+    """The vectors taken apart again, by the names and shapes of some parameters."""
+    parts = vectors.split([p[0].numel() for p in like.values()], dim=1)
+    return {name: part.view_as(p) for part, (name, p) in zip(parts, like.items(), strict=True)}
 
 
 def check_inner_loop(inner_lr: float, inner_steps: int, test_inner_steps: int | None) -> None:

@@ -13,10 +13,15 @@ from torch import Tensor
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
-from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
+from metatutor.optimization.base import (
+    AdaptingLearner,
+    Vectors,
+    as_parameters,
+    as_vectors,
+    check_inner_loop,
+    leaves,
+)
 from metatutor.optimization.engine import with_known_gradient
-
-Vectors = Float[Tensor, "task parameter"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ class ImplicitMAML(AdaptingLearner):
 
         def product(vectors: Vectors) -> Vectors:
             """`(I + H / proximity)` times a vector, for each task."""
-            pieces = _unflatten(vectors, adapted)
+            pieces = list(as_parameters(vectors, adapted).values())
             hessian = torch.autograd.grad(
                 list(of_support.values()),
                 list(adapted.values()),
@@ -148,10 +153,10 @@ class ImplicitMAML(AdaptingLearner):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            return vectors + _flatten(hessian) / self.config.proximity
+            return vectors + as_vectors(hessian) / self.config.proximity
 
-        solution = conjugate_gradient(product, _flatten(of_query), self.config.cg_steps)
-        return loss.detach(), [piece.sum(0) for piece in _unflatten(solution, adapted)]
+        solution = conjugate_gradient(product, as_vectors(of_query), self.config.cg_steps)
+        return loss.detach(), [piece.sum(0) for piece in as_parameters(solution, adapted).values()]
 
 
 def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, steps: int) -> Vectors:
@@ -187,12 +192,3 @@ def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, st
         before, square = square, (residual**2).sum(1, keepdim=True)
         direction = residual + square / before.clamp_min(tiny) * direction
     return solution
-
-
-def _flatten(tensors: list[Tensor] | tuple[Tensor, ...]) -> Vectors:
-    return torch.cat([tensor.flatten(1) for tensor in tensors], dim=1)
-
-
-def _unflatten(vectors: Vectors, like: Parameters) -> list[Tensor]:
-    sizes = [p[0].numel() for p in like.values()]
-    return [part.view_as(p) for part, p in zip(vectors.split(sizes, dim=1), like.values(), strict=True)]

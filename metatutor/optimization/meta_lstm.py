@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
-from metatutor.optimization.base import AdaptingLearner, check_inner_loop
+from metatutor.optimization.base import AdaptingLearner, as_parameters, as_vectors, check_inner_loop
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,16 @@ class MetaLSTM(AdaptingLearner):
         """One step of the LSTM, whose state the memory holds: both of `watch`, and the two gates."""
         with torch.no_grad():
             losses, gradients = self.support_gradients(parameters, episode)
-            gradient = torch.cat([g.flatten(1) for g in gradients.values()], dim=1).flatten()  # [task * parameter]
+            gradient = as_vectors(gradients.values()).flatten()  # [task * parameter]
             n_parameters = len(gradient) // len(episode)
             seen = torch.cat([preprocess(gradient), preprocess(losses.repeat_interleave(n_parameters))], dim=1)
-        cell = torch.cat([p.flatten(1) for p in parameters.values()], dim=1).flatten()
+        cell = as_vectors(parameters.values()).flatten()
         watched, forget, enter = memory or (None, torch.zeros_like(cell), torch.zeros_like(cell))
         watched = self.watch(seen, watched)
         forget = self._gate(self.forget, watched[0], cell, forget)
         enter = self._gate(self.enter, watched[0], cell, enter)
         cells = (forget * cell - enter * gradient).unflatten(0, (len(episode), n_parameters))
-        pieces = cells.split([p[0].numel() for p in parameters.values()], dim=1)
-        moved = {n: piece.view_as(p) for (n, p), piece in zip(parameters.items(), pieces, strict=True)}
-        return moved, (watched, forget, enter)
+        return as_parameters(cells, parameters), (watched, forget, enter)
 
     def _gate(self, gate: nn.Module, h: Tensor, cell: Tensor, before: Tensor) -> Tensor:
         return gate(torch.cat([h, cell[:, None], before[:, None]], dim=1)).squeeze(1).sigmoid()

@@ -1,0 +1,345 @@
+"""Implicit MAML: where the inner problem is solved, the implicit gradient is the gradient through all its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metatutor.backbones import MLP, ConvNet, Normalization
+from metatutor.episodes import Episode
+from metatutor.learner import Parameters
+from metatutor.optimization import MAML, ImplicitMAML
+from metatutor.optimization.imaml import conjugate_gradient
+
+Episodes = Callable[..., Episode]
+
+
+def small(*, normalization: Normalization = "batch", seed: int = 0, **options: Any) -> ImplicitMAML:
+    """A learner of 3-way tasks of 8×8 pixels in float64, every parameter random."""
+    network = ConvNet(3, filters=4, n_blocks=2, image_size=8, normalization=normalization)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.double().parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2
+    return ImplicitMAML(network, **options)
+
+
+def linear(**options: Any) -> ImplicitMAML:
+    """Two numbers in, one out, no layer between: the squared error is quadratic in the three parameters."""
+    network = MLP(2, 1, hidden=()).double()
+    for i, parameter in enumerate(network.parameters()):
+        parameter.data = torch.linspace(-1, 1 + i, parameter.numel()).double().view(parameter.shape)
+    return ImplicitMAML(network, **{"inner_lr": 0.15, "inner_steps": 120, "proximity": 1.5, "cg_steps": 3} | options)
+
+
+def regression(seed: int = 0, n_tasks: int = 4) -> Episode:
+    """Tasks of six support and five query points in the plane."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(n_tasks, 11, n, dtype=torch.float64, generator=generator) for n in (2, 1))
+    return Episode(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:], n_way=1)
+
+
+def gradient_of(learner: ImplicitMAML | MAML, episode: Episode) -> Tensor:
+    """The gradient of the meta-loss in all parameters, as one vector."""
+    learner.zero_grad()
+    learner.meta_loss(episode).backward()
+    return flat([p.grad for p in learner.parameters() if p.grad is not None])
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    """As a fraction of the length of the second."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+# --- where everything is known ---------------------------------------------------------------------------------
+
+
+def test_one_weight_by_hand():
+    """Outputs `w x`, support (1, 3), query (1, 2), w = 1, proximity 4, loss `(w x - y)^2`, of Hessian 2.
+
+    The inner problem `(p - 3)^2 + 2 (p - 1)^2` has its minimum at p = 5/3. There the gradient of the query loss is
+    `2 (5/3 - 2) = -2/3`, and `d p / d w = (1 + 2 / 4)^-1 = 2/3`: the meta-gradient is -4/9.
+    """
+    network = OneWeight(1.0)
+    one, three, two = (torch.full((1, 1, 1), v).double() for v in (1.0, 3.0, 2.0))
+    episode = Episode(one, three, one, two, n_way=1)
+    options: dict[str, Any] = {"inner_lr": 0.1, "inner_steps": 60, "proximity": 4.0}
+    learner = ImplicitMAML(network, cg_steps=1, **options)
+    assert close(learner.adapt(episode)["weight"], torch.tensor([[5 / 3]], dtype=torch.float64))
+    assert learner.meta_loss(episode).item() == pytest.approx(1 / 9)
+    assert gradient_of(learner, episode).item() == pytest.approx(-4 / 9)
+    assert gradient_of(ImplicitMAML(network, cg_steps=0, **options), episode).item() == pytest.approx(-2 / 3)
+
+
+class OneWeight(MLP):
+    def __init__(self, weight: float) -> None:
+        super().__init__(1, 1, hidden=())
+        del self.head
+        self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
+
+    def forward(self, inputs: Tensor, n_support: int | None = None) -> Tensor:
+        return inputs * self.weight
+
+
+def closed_form(learner: ImplicitMAML, episode: Episode) -> tuple[Tensor, Tensor]:
+    """Adapted parameters and meta-gradient of a linear learner, by solving linear systems."""
+    initial, proximity = flat(learner.network.parameters()).detach(), learner.config.proximity
+    adapted, gradients = [], []
+    for task in range(len(episode)):
+        design, queries = (
+            torch.cat([x[task], torch.ones(x.shape[1], 1).double()], dim=1)
+            for x in (episode.support_images, episode.query_images)
+        )
+        hessian = 2 * design.T @ design / len(design)
+        right = 2 * design.T @ episode.support_labels[task, :, 0] / len(design) + proximity * initial
+        solution = torch.linalg.solve(hessian + proximity * torch.eye(3).double(), right)
+        of_query = 2 * queries.T @ (queries @ solution - episode.query_labels[task, :, 0]) / len(queries)
+        gradients.append(torch.linalg.solve(torch.eye(3).double() + hessian / proximity, of_query))
+        adapted.append(solution)
+    return torch.stack(adapted), torch.stack(gradients).mean(0)
+
+
+@pytest.mark.parametrize("proximity", [1.0, 1.5, 4.0])
+def test_a_quadratic_against_the_closed_form(proximity: float):
+    learner, episode = linear(proximity=proximity), regression()
+    adapted, gradient = closed_form(learner, episode)
+    assert close(torch.cat([p.flatten(1) for p in learner.adapt(episode).values()], dim=1), adapted)
+    assert close(gradient_of(learner, episode), gradient)
+
+
+def unrolled(learner: ImplicitMAML, episode: Episode) -> Tensor:
+    """The gradient of the mean query loss through every proximal step of every task, one by one."""
+    config, initial = learner.config, dict(learner.network.named_parameters())
+    losses = []
+    for task in range(len(episode)):
+        parameters: Parameters = dict(initial)
+        for _ in range(config.inner_steps):
+            outputs = functional_call(learner.network, parameters, (episode.support_images[task],))
+            loss = learner.loss(outputs, episode.support_labels[task])
+            away = sum((parameters[n] - initial[n]).pow(2).sum() for n in initial)
+            gradients = torch.autograd.grad(
+                loss + config.proximity / 2 * away, list(parameters.values()), create_graph=True
+            )
+            parameters = {n: p - config.inner_lr * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+        outputs = functional_call(learner.network, parameters, (episode.query_images[task],))
+        losses.append(learner.loss(outputs, episode.query_labels[task]))
+    return flat(torch.autograd.grad(torch.stack(losses).mean(), list(initial.values())))
+
+
+def test_a_quadratic_against_the_gradient_through_all_steps():
+    learner, episode = linear(inner_steps=80), regression()
+    assert close(gradient_of(learner, episode), unrolled(learner, episode))
+    assert distance(gradient_of(linear(cg_steps=0), episode), unrolled(learner, episode)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("normalization", "seed", "inner_lr", "proximity"), [("batch", 0, 0.1, 4.0), ("group", 1, 0.05, 8.0)]
+)
+def test_a_network_against_the_gradient_through_all_steps(
+    random_episode: Episodes, normalization: Normalization, seed: int, inner_lr: float, proximity: float
+):
+    """Not quadratic. Few steps of adaptation or of conjugate gradient come near, many are there.
+
+    Where adaptation ends on a kink of a ReLU there is no Hessian, and the two differ; here it does not.
+    """
+    episode = random_episode(n_tasks=2)
+    options: dict[str, Any] = {
+        "normalization": normalization, "seed": seed, "inner_lr": inner_lr, "proximity": proximity
+    }  # fmt: skip
+    exact = unrolled(small(inner_steps=60, **options), episode)
+
+    def error(inner_steps: int, cg_steps: int) -> float:
+        return distance(gradient_of(small(inner_steps=inner_steps, cg_steps=cg_steps, **options), episode), exact)
+
+    assert error(60, 20) < 1e-6
+    assert 1e-3 < error(60, 2) < 0.05
+    assert 1e-3 < error(5, 20) < 0.1
+    assert error(60, 0) > 0.15
+
+
+def test_a_solved_problem_against_finite_differences(random_episode: Episodes):
+    """Central differences of the meta-loss itself along random directions; no reference to differentiate."""
+    learner = small(normalization="support", inner_lr=0.1, inner_steps=60, proximity=4.0, cg_steps=20)
+    episode, step = random_episode(n_tasks=2).task(0), 1e-6
+    gradient, parameters = gradient_of(learner, episode), list(learner.parameters())
+    start, generator = flat(parameters).detach(), torch.Generator().manual_seed(1)
+
+    def loss_at(position: Tensor) -> float:
+        nn.utils.vector_to_parameters(position, parameters)
+        with torch.no_grad():
+            return learner.meta_loss(episode).item()
+
+    for _ in range(2):
+        direction = torch.randn(len(start), dtype=torch.float64, generator=generator)
+        slope = (loss_at(start + step * direction) - loss_at(start - step * direction)) / (2 * step)
+        assert (gradient @ direction).item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+# --- the inner loop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inner_steps", [1, 4])
+def test_adaptation_is_descent_within_reach(random_episode: Episodes, inner_steps: int):
+    """PyTorch's own optimizer, task by task, on the support loss and the distance from the initial parameters."""
+    episode, learner = random_episode(), small(inner_lr=0.2, inner_steps=inner_steps, proximity=0.7)
+    adapted, initial = learner.adapt(episode), dict(learner.network.named_parameters())
+    for task in range(len(episode)):
+        network = deepcopy(learner.network)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.2)
+        for _ in range(inner_steps):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(episode.support_images[task]), episode.support_labels[task])
+            away = sum((p - initial[n].detach()).pow(2).sum() for n, p in network.named_parameters())
+            (loss + 0.35 * away).backward()
+            optimizer.step()
+        for name, parameter in network.named_parameters():
+            assert close(adapted[name][task], parameter), name
+
+
+def test_the_pull_keeps_near(random_episode: Episodes):
+    episode, travelled = random_episode(), []
+    for proximity in (1e-9, 0.1, 1.0, 4.0):
+        learner = small(inner_lr=0.2, inner_steps=10, proximity=proximity)
+        adapted, initial = learner.adapt(episode), dict(learner.network.named_parameters())
+        travelled.append(sum((adapted[n] - p).pow(2).sum().item() for n, p in initial.items()))
+    assert travelled == sorted(travelled, reverse=True)
+    assert travelled[-1] < 0.1 * travelled[0]
+
+
+def test_without_a_pull_it_descends_as_maml_does(random_episode: Episodes):
+    episode, options = random_episode(), {"inner_lr": 0.2, "inner_steps": 3}
+    implicit = small(proximity=1e-12, cg_steps=0, **options)
+    maml = MAML(implicit.network, first_order=True, **options)
+    assert close(implicit(episode), maml(episode))
+    assert close(gradient_of(implicit, episode), gradient_of(maml, episode))
+
+
+def test_no_step_of_conjugate_gradient_is_first_order(random_episode: Episodes):
+    """The gradient of the query loss in the adapted parameters, task by task."""
+    episode, learner = random_episode(), small(inner_lr=0.2, inner_steps=3, cg_steps=0)
+    adapted, of_tasks = learner.adapt(episode), []
+    for task in range(len(episode)):
+        own = {n: p[task].detach().requires_grad_() for n, p in adapted.items()}
+        loss = F.cross_entropy(
+            functional_call(learner.network, own, (episode.query_images[task],)), episode.query_labels[task]
+        )
+        of_tasks.append(flat(torch.autograd.grad(loss, list(own.values()))))
+    expected = torch.stack(of_tasks).mean(0)
+    assert close(gradient_of(learner, episode), expected)
+    implicit = small(inner_lr=0.2, inner_steps=3, cg_steps=5)
+    assert distance(gradient_of(implicit, episode), expected) > 0.1
+
+
+def test_the_meta_loss_is_that_of_the_queries(random_episode: Episodes):
+    episode, learner = random_episode(), small(inner_lr=0.2, inner_steps=2)
+    expected = F.cross_entropy(learner(episode).flatten(0, 1), episode.query_labels.flatten())
+    assert close(learner.meta_loss(episode), expected)
+
+
+def test_nothing_of_the_way_is_kept(random_episode: Episodes):
+    """What autograd holds at most does not grow with the inner steps."""
+
+    def most_saved(**options: Any) -> int:
+        alive, most = 0, 0
+
+        class Held:
+            def __init__(self, tensor: Tensor) -> None:
+                nonlocal alive, most
+                self.tensor, self.size = tensor, tensor.numel()
+                alive += self.size
+                most = max(most, alive)
+
+            def __del__(self) -> None:
+                nonlocal alive
+                alive -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            small(**options).meta_loss(random_episode()).backward()
+        return most
+
+    few, many = (most_saved(inner_steps=n) for n in (1, 8))
+    assert many < 1.05 * few
+
+
+# --- conjugate gradient ----------------------------------------------------------------------------------------
+
+
+def systems(n: int, n_tasks: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Symmetric matrices, each task's own, with eigenvalues between 1/2 and 3, and right-hand sides."""
+    generator = torch.Generator().manual_seed(seed)
+    bases, _ = torch.linalg.qr(torch.randn(n_tasks, n, n, dtype=torch.float64, generator=generator))
+    values = 0.5 + 2.5 * torch.rand(n_tasks, 1, n, dtype=torch.float64, generator=generator)
+    return bases * values @ bases.mT, torch.randn(n_tasks, n, dtype=torch.float64, generator=generator)
+
+
+def product_with(matrices: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda vectors: (matrices @ vectors[..., None])[..., 0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+@pytest.mark.parametrize("more", [0, 1, 30])
+def test_solves_every_tasks_own_system(n: int, more: int):
+    """In as many steps as there are dimensions; steps beyond do no harm, though nothing is left to do."""
+    matrices, right = systems(n)
+    solution = conjugate_gradient(product_with(matrices), right, n + more)
+    assert close(solution, torch.linalg.solve(matrices, right))
+
+
+def test_every_step_comes_nearer():
+    """In the norm of the matrix, in which conjugate gradient is optimal; at first at the right-hand side itself."""
+    matrices, right = systems(8)
+    exact = torch.linalg.solve(matrices, right)
+    solutions = [conjugate_gradient(product_with(matrices), right, steps) for steps in range(9)]
+    assert torch.equal(solutions[0], right)
+    errors = torch.stack([((s - exact) * product_with(matrices)(s - exact)).sum(1) for s in solutions])
+    assert (errors[1:] < errors[:-1]).all()
+    steepest = right + (residual := right - product_with(matrices)(right)) * (
+        residual.pow(2).sum(1, keepdim=True) / (residual * product_with(matrices)(residual)).sum(1, keepdim=True)
+    )
+    assert close(solutions[1], steepest)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_one_product_a_step(steps: int):
+    """And one for where it begins."""
+    matrices, right = systems(6)
+    calls: list[Tensor] = []
+    conjugate_gradient(lambda v: calls.append(v) or product_with(matrices)(v), right, steps)
+    assert len(calls) == (steps + 1 if steps else 0)
+
+
+def test_one_task_with_nothing_to_solve_does_not_spoil_the_others():
+    matrices, right = systems(5)
+    matrices[1], right[2] = torch.eye(5), 0  # solved where it begins
+    solution = conjugate_gradient(product_with(matrices), right, 10)
+    assert close(solution, torch.linalg.solve(matrices, right))
+    assert torch.equal(solution[1], right[1])
+    assert not solution[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("steps", [1, 4, 20])
+def test_matrices_that_are_not_positive_give_finite_numbers(dtype: torch.dtype, steps: int):
+    """Negative, zero, and of both signs; where there is no descent, it stays."""
+    matrices, right = systems(4, n_tasks=40)
+    signs = torch.tensor([[1.0, -1.0, 0.5, -2.0]]).double()
+    both = torch.randn(40, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for wrong in (-matrices, 0 * matrices, torch.diag_embed(signs).expand(40, 4, 4), both + both.mT):
+        solution = conjugate_gradient(product_with(wrong.to(dtype)), right.to(dtype), steps)
+        assert solution.isfinite().all()
+    assert torch.equal(conjugate_gradient(product_with(-matrices), right, steps), right)
+    assert torch.equal(conjugate_gradient(product_with(0 * matrices), right, steps), right)
