@@ -194,3 +194,27 @@ def test_mode_is_found_by_asking() -> None:
             assert bool(exercises.check_mode(answer, learner, task)) == (answer == right)
     assert "No answer" in exercises.check_mode(..., NearestPixels(), task).why
     assert "should be" in exercises.check_mode("both", NearestPixels(), task).why
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"), [(0.0625, ""), (0.25, "first-order"), (0.75, "Reptile"), (0.9, "large"), (..., "No answer")]
+)
+def test_meta_gradient_factor(answer: object, says: str) -> None:
+    verdict = exercises.check_meta_gradient_factor(answer, inner_lr=0.5, inner_steps=2)
+    assert bool(verdict) == (says == "") and says in verdict.why
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ("pretraining", ""),
+        ("MAML", "nowhere"),
+        ("Reptile", "nowhere"),
+        ("SGD", "One of"),
+        (3, "A word"),
+        (..., "No answer"),
+    ],
+)
+def test_strong_spring(answer: object, says: str) -> None:
+    verdict = exercises.check_strong_spring(answer)
+    assert bool(verdict) == (says == "") and says in verdict.why
