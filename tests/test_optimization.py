@@ -291,14 +291,17 @@ def test_a_loss_of_ones_own(method: str, loss: Callable[[Tensor, Tensor], Tensor
             assert close(learner.meta_loss(episode), expected)
 
 
-@pytest.mark.parametrize("method", ["reptile", "imaml", "meta_lstm"])
-def test_a_frozen_parameter_gets_no_gradient(random_episode: Episodes, method: str):
-    """Also where the meta-gradient is computed beforehand; the others get what they got."""
-    episode, learner = random_episode(), small(method, tasks_per_chunk=2)
+@of_every_method
+@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
+def test_a_frozen_parameter_gets_no_gradient(random_episode: Episodes, method: str, tasks_per_chunk: int | None):
+    """Also where the meta-gradient is computed beforehand; the others get what they got, and tasks adapt all of them."""
+    episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)
+    logits = learner(episode)
     learner.meta_loss(episode).backward()
     expected = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
     learner.zero_grad()
     learner.network.blocks.requires_grad_(False)
+    assert close(learner(episode), logits)
     learner.meta_loss(episode).backward()
     for name, parameter in learner.named_parameters():
         if name.startswith("network.blocks."):

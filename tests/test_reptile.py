@@ -143,7 +143,6 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
         assert sorted(of_task) == sorted(brightness[0] * shots)
 
 
-@pytest.mark.xfail(strict=True, reason="mini-batches of real-valued targets are sorted by target")
 @pytest.mark.parametrize("n_outputs", [1, 2])
 def test_points_of_a_regression_come_in_turn_too(n_outputs: int):
     """Targets are no classes: of five points in any order, the first two, the next two, the last and the first."""

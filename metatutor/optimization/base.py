@@ -146,9 +146,12 @@ class AdaptingLearner(NetworkLearner):
         """
         outside = torch.is_grad_enabled()
         with torch.enable_grad():
-            parameters = parameters if outside else leaves(parameters)
-            wanted = {n: parameters[n] for n in moving} if moving is not None else parameters
-            losses = self.support_losses(episode, parameters)
+            # parameters that the outer loop leaves alone adapt all the same
+            differentiable = {
+                n: p if outside and p.requires_grad else p.detach().requires_grad_() for n, p in parameters.items()
+            }
+            wanted = {n: differentiable[n] for n in moving or differentiable}
+            losses = self.support_losses(episode, differentiable)
             gradients = torch.autograd.grad(losses.sum(), list(wanted.values()), create_graph=create_graph)
         return losses if create_graph else losses.detach(), dict(zip(wanted, gradients, strict=True))
 

@@ -133,11 +133,14 @@ class Reptile(AdaptingLearner):
 
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
         """The next shots of every class; after the last one, the first."""
-        n_support, shots = episode.support_images.shape[1], self.config.shots_per_step
-        k_shot = n_support // episode.n_way
+        n_support, shots, labels = episode.support_images.shape[1], self.config.shots_per_step, episode.support_labels
+        n_classes = episode.n_way
+        if labels.is_floating_point():  # a regression: one class, the points as they come
+            n_classes, labels = 1, torch.zeros_like(labels[..., 0])
+        k_shot = n_support // n_classes
         if shots is None or shots >= k_shot:
             return episode
-        by_class = episode.support_labels.argsort(dim=1, stable=True).unflatten(1, (episode.n_way, k_shot))
+        by_class = labels.argsort(dim=1, stable=True).unflatten(1, (n_classes, k_shot))
         at = torch.arange(step * shots, (step + 1) * shots, device=by_class.device) % k_shot
         chosen = by_class[:, :, at].flatten(1)  # [task, way * shots]
         tasks = torch.arange(len(episode), device=chosen.device)[:, None]
