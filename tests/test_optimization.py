@@ -294,7 +294,7 @@ def test_a_loss_of_ones_own(method: str, loss: Callable[[Tensor, Tensor], Tensor
 @of_every_method
 @pytest.mark.parametrize("tasks_per_chunk", [None, 2])
 def test_a_frozen_parameter_gets_no_gradient(random_episode: Episodes, method: str, tasks_per_chunk: int | None):
-    """Also where the meta-gradient is computed beforehand; the others get what they got, and tasks adapt all of them."""
+    """The others get what they got, also where the meta-gradient is computed beforehand; tasks adapt all of them."""
     episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)
     logits = learner(episode)
     learner.meta_loss(episode).backward()
