@@ -297,7 +297,7 @@ class Run:
         history: the rows of `history.csv`; none for a method without training.
 
     Example:
-        >>> all(load_run(name).evaluation["accuracy"] > 0 for name in run_names())
+        >>> all(load_run(name).evaluation["n_episodes"] >= 600 for name in run_names())
         True
 
     Reference:

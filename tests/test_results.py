@@ -11,7 +11,7 @@ from metatutor.data import Splits
 from metatutor.evaluation import Regression
 from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
-N_EPISODES = 20
+N_EPISODES = 8
 
 
 @cache
