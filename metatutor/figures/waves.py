@@ -171,7 +171,6 @@ def _rounded(values: list) -> list:
 _WAVE = Template("""
 <style>
 #$id{max-width:28rem;margin:1rem 0;font-size:.95em;--accent:var(--pst-color-primary,#0072B2)}
-html[data-theme=dark] .text_html:has(#$id){background:none;color:inherit;padding:0}
 #$id :is(.how,.do){display:flex;flex-wrap:wrap;align-items:center;gap:.3rem;margin:.5rem 0}
 #$id .how input{position:absolute;opacity:0}
 #$id :is(.how label,button){cursor:pointer;margin:0;padding:.25rem .7rem;border-radius:.5rem;font:inherit;
