@@ -433,6 +433,14 @@ def test_traced_is_plain(random_episode: Episodes, options: dict[str, Any], monk
         learner.meta_loss(random_episode(n_way=4))
 
 
+def test_evaluation_mode_has_its_own_steps_also_if_compiled(random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "compile", lambda graph: graph)
+    episode, options = random_episode(), {"inner_steps": 1, "test_inner_steps": 2}
+    compiled, plain = small(compile=True, **options), small(**options)
+    for training in (True, False):
+        assert close(*(meta_gradient(learner.train(training), episode) for learner in (compiled, plain)))
+
+
 @pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_is_plain(random_episode: Episodes):
     compiled, plain = (small(adapt="head", compile=on) for on in (True, False))

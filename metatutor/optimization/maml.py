@@ -162,7 +162,7 @@ class MAML(AdaptingLearner):
         by_autograd = len(parts) == 1 and not self.config.recompute and not self.config.compile
         if by_autograd or not torch.is_grad_enabled():
             return self._weighted_loss(episode, weights)
-        gradient = self._compiled_gradient if self.config.compile else self._gradient
+        gradient = self._compiled_gradient if self.config.compile and self.training else self._gradient
         known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
         return with_known_gradient(known, self.meta_parameters())
 
