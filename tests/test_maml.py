@@ -435,10 +435,11 @@ def test_traced_is_plain(random_episode: Episodes, options: dict[str, Any], monk
 
 def test_evaluation_mode_has_its_own_steps_also_if_compiled(random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "compile", lambda graph: graph)
-    episode, options = random_episode(), {"inner_steps": 1, "test_inner_steps": 2}
-    compiled, plain = small(compile=True, **options), small(**options)
+    episode = random_episode()
+    compiled, plain = (small(compile=on, inner_steps=1, test_inner_steps=2) for on in (True, False))
     for training in (True, False):
-        assert close(*(meta_gradient(learner.train(training), episode) for learner in (compiled, plain)))
+        found, expected = (meta_gradient(learner.train(training), episode) for learner in (compiled, plain))
+        assert close(found, expected)
 
 
 @pytest.mark.skipif(which("g++") is None and which("clang++") is None, reason="torch.compile needs a C++ compiler")
