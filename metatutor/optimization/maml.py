@@ -88,7 +88,7 @@ class MAML(AdaptingLearner):
         multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
             and moves within this many calls of `meta_loss` to that after the last one (MAML++).
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
-            its gradient is due: the memory of one step, for the time of one more forward and backward each.
+            its gradient is due: the memory of one step and the parameters of all, for the time of one more pass each.
         compile: whether `meta_loss` is compiled, which takes a minute or more at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and the two before are a matter of
             speed and memory, not of the result.
