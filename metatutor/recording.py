@@ -241,7 +241,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         n_way = self.evaluation.n_way
-        if isinstance(self.data, SinusoidsConfig) != isinstance(self.network, MLPConfig):
+        if self.regression != isinstance(self.network, MLPConfig):
             raise ValueError("sinusoids need a network of kind 'mlp', and images need a ConvNet")
         if isinstance(self.learner, _ONE_HEAD) and n_way not in (None, self.n_way):
             raise ValueError(

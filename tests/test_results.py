@@ -8,10 +8,10 @@ from functools import cache
 import pytest
 
 from metatutor.data import Splits
-from metatutor.evaluation import Regression
+from metatutor.evaluation import Evaluation, Regression
 from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
-N_EPISODES = 8
+N_EPISODES = 20
 
 
 @cache
@@ -25,14 +25,15 @@ def splits_of(config: DataConfig | SinusoidsConfig) -> Splits:
 def test_recorded_weights_give_the_recorded_accuracy(name: str):
     run = load_run(name)
     splits = splits_of(run.config.data)
-    found = evaluate_learner(run.learner(), splits, run.config, n_episodes=N_EPISODES)
     recorded = run.evaluation
-    if isinstance(found, Regression):
-        for mse, expected, ci95 in zip(
-            found.mse_by_step, recorded["mse_by_step"], recorded["ci95_by_step"], strict=True
-        ):
-            assert abs(mse - expected) < 4 * ci95 / 1.96 * (recorded["n_episodes"] / N_EPISODES) ** 0.5
+    if run.config.regression:  # waves cost little: all of them, so only rounding may differ
+        again = evaluate_learner(run.learner(), splits, run.config)
+        assert isinstance(again, Regression)
+        curves = zip(again.mse_by_step, recorded["mse_by_step"], recorded["ci95_by_step"], strict=True)
+        assert all(abs(mse - expected) < ci95 / 4 for mse, expected, ci95 in curves)
         return
+    found = evaluate_learner(run.learner(), splits, run.config, n_episodes=N_EPISODES)
+    assert isinstance(found, Evaluation)
     for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive"):
         assert getattr(found, field) == recorded[field]
     # Four standard errors of a mean over so few tasks. A wrong network is off by far more.

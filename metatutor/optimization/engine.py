@@ -33,9 +33,8 @@ def chunks(episode: Episode, network: Network, tasks_per_chunk: int | None = Non
         >>> [len(chunk) for chunk in chunks(Episode(images, labels, images, labels, 2), ConvNet(2), tasks_per_chunk=2)]
         [2, 2, 1]
     """
-    size = tasks_per_chunk or _tasks_that_fit(
-        episode, getattr(network, "largest_activation", 0)
-    )  # a module may not say
+    largest = getattr(network, "largest_activation", 0)  # other modules than ours need not say
+    size = tasks_per_chunk or _tasks_that_fit(episode, largest)
     return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
 
 

@@ -94,8 +94,8 @@ class ImplicitMAML(AdaptingLearner):
         torch.Size([2, 5, 5])
 
     Reference:
-        Rajeswaran, Finn, Kakade & Levine (2019), equations 4 and 6 and algorithm 2; conjugate gradient: Hestenes &
-        Stiefel (1952).
+        Rajeswaran, Finn, Kakade & Levine (2019), lemma 1 and algorithm 2; conjugate gradient: Hestenes & Stiefel
+        (1952).
     """
 
     def __init__(

@@ -105,8 +105,8 @@ class MAML(AdaptingLearner):
         torch.Size([2, 5, 5])
 
     Reference:
-        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020); Meta-SGD: Li et al. (2017),
-        equation 4; MAML++: Antoniou et al. (2019), equations 3 and 5.
+        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020); Meta-SGD: Li et al. (2017);
+        MAML++: Antoniou et al. (2019), section 4.
     """
 
     multi_step_calls: Tensor
@@ -270,7 +270,7 @@ class MAML(AdaptingLearner):
         images_and_labels, parameters = tensors[:4], tensors[4:]
         episode = Episode(*images_and_labels, n_way=self.network.n_outputs or 0)
         names = [name for name, p in self.named_parameters() if p.requires_grad]
-        leaves = {n: p.detach().requires_grad_() for n, p in zip(names, parameters, strict=True)}
+        own = leaves(dict(zip(names, parameters, strict=True)))
         with torch.enable_grad():
-            loss, gradients = self.under(leaves, self._gradient, episode, weights if len(weights) else None)
+            loss, gradients = self.under(own, self._gradient, episode, weights if len(weights) else None)
         return [loss, *gradients]

@@ -87,8 +87,7 @@ class MetaLSTM(AdaptingLearner):
         torch.Size([2, 5, 5])
 
     Reference:
-        Ravi & Larochelle (2017), equations 2 to 4 and section 3.2; preprocessing: Andrychowicz et al. (2016),
-        appendix A.
+        Ravi & Larochelle (2017), section 3; preprocessing: Andrychowicz et al. (2016), appendix A.
     """
 
     def __init__(

@@ -88,7 +88,7 @@ class Reptile(AdaptingLearner):
         torch.Size([])
 
     Reference:
-        Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.1 and appendix A.
+        Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.
     """
 
     def __init__(
