@@ -291,7 +291,7 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
 
     Args:
         answer: the reader's; `...` while there is none.
-        right: what must hold of it.
+        right: what must hold of it; None if the answer is a function that returns nothing yet.
 
     Returns:
         A verdict that gives nothing away.
@@ -304,7 +304,10 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
     """
     if answer is ... or (isinstance(answer, tuple) and any(part is ... for part in answer)):
         return Verdict(False, _NOTHING_YET)
-    return Verdict(True, "Right.") if right(answer) else Verdict(False, "Not yet. Open the hint, and try again.")
+    holds = right(answer)
+    if holds is None:
+        return Verdict(False, _NOTHING_YET)
+    return Verdict(True, "Right.") if holds else Verdict(False, "Not yet. Open the hint, and try again.")
 
 
 # --- answers that are a task ---

@@ -49,6 +49,16 @@ def test_by_default_the_largest_activation_of_a_chunk_is_at_most_128_mib(megabyt
     assert [len(chunk) for chunk in chunks(episode, network)] == sizes
 
 
+@pytest.mark.parametrize(("copies", "sizes"), [(0, [12]), (4, [12]), (6, [6, 6]), (16, [4, 4, 4]), (1000, [1] * 12)])
+def test_by_default_the_parameters_kept_for_a_chunk_are_at_most_64_mib(copies: int, sizes: list[int]):
+    """Twelve tasks of a network of one MiB."""
+    x = torch.zeros(12, 3, 1)
+    network = MLP(n_inputs=1, hidden=[], n_outputs=2**17)
+    assert sum(p.numel() for p in network.parameters()) == 2**18
+    assert [len(chunk) for chunk in chunks(Episode(x, x, x, x, 1), network, copies_kept=copies)] == sizes
+    assert [len(chunk) for chunk in chunks(Episode(x, x, x, x, 1), network, 12, copies_kept=copies)] == [12]
+
+
 def test_numbers_of_twice_the_size_take_twice_the_room():
     images, labels = torch.zeros(12, 2, 1, 8, 8), torch.zeros(12, 2, dtype=torch.long)
     network = MLP()

@@ -153,6 +153,12 @@ def test_a_condition_is_asked_only_of_an_answer():
     assert "Not yet" in repr(exercises.check(4, lambda n: n == 3)) and not exercises.check(4, lambda n: n == 3)
 
 
+def test_a_function_that_returns_nothing_is_no_answer_yet():
+    for nothing, says in ((lambda: None, "No answer yet"), (lambda: 4, "Not yet")):
+        verdict = exercises.check(nothing, lambda f: None if f() is None else f() == 3)
+        assert says in repr(verdict) and not verdict
+
+
 @pytest.mark.parametrize(
     ("answer", "says"), [(0.9999938558, ""), (0.5, "small"), (0.8807970780, "square"), (6.1442e-06, "minus")]
 )

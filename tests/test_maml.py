@@ -411,6 +411,20 @@ def test_recomputed_keeps_the_graph_of_one_step(random_episode: Episodes):
     assert most_saved(inner_steps=8) > 4 * few
 
 
+def test_recompute_has_fewer_tasks_side_by_side_the_more_steps_it_keeps(random_episode: Episodes):
+    """32 tasks of a network of 900 KB, in chunks of at most 64 MiB of parameters."""
+    episode = random_episode(n_tasks=32, n_way=5)
+
+    def sizes(inner_steps: int, recompute: bool = True, training: bool = True) -> list[int]:
+        learner = MAML(ConvNet(5, pooling="stride"), inner_steps=inner_steps, recompute=recompute).train(training)
+        return [len(chunk) for chunk in learner.chunks(episode)]
+
+    assert sizes(1) == sizes(2) == sizes(5, recompute=False) == sizes(5, training=False) == [32]
+    assert sizes(3) == [16, 16]
+    assert sizes(5) == [11, 11, 10]
+    assert sizes(1000) == [1] * 32
+
+
 def three_steps(random_episode: Episodes, learner: MAML) -> Tensor:
     """The meta-gradients of three tasks, at other parameters each, as under an optimizer."""
     gradients = []

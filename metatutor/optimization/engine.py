@@ -14,18 +14,21 @@ from metatutor.backbones import Network
 from metatutor.episodes import Episode
 
 Gradients = Sequence[Tensor]
-_CHUNK_BYTES = 128 * 2**20  # measured with benchmarks/maml_step.py
+_ACTIVATION_BYTES, _KEPT_BYTES = 128 * 2**20, 64 * 2**20  # measured with benchmarks/maml_step.py
 
 
-def chunks(episode: Episode, network: Network, tasks_per_chunk: int | None = None) -> Iterator[Episode]:
+def chunks(
+    episode: Episode, network: Network, tasks_per_chunk: int | None = None, copies_kept: int = 0
+) -> Iterator[Episode]:
     """The tasks of an episode, as many at once as are to be adapted side by side.
 
     Args:
         episode: a batch of tasks.
         network: what all their images go through.
         tasks_per_chunk: how many; default: on a GPU all, on a CPU as many as keep the largest activation within
-            128 MiB. Chunks are then as equal as can be, and as few: larger ones would cost more in page faults than
-            they save.
+            128 MiB, and the copies of parameters within 64 MiB. Chunks are then as equal as can be, and as few: larger
+            ones would cost more in page faults than they save.
+        copies_kept: how many copies of the network's parameters are kept for each task at a time.
 
     Example:
         >>> from metatutor import ConvNet
@@ -34,16 +37,20 @@ def chunks(episode: Episode, network: Network, tasks_per_chunk: int | None = Non
         [2, 2, 1]
     """
     largest = getattr(network, "largest_activation", 0)  # other modules than ours need not say
-    size = tasks_per_chunk or _tasks_that_fit(episode, largest)
+    kept = copies_kept * sum(p.numel() for p in network.parameters())
+    size = tasks_per_chunk or _tasks_that_fit(episode, largest, kept)
     return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
 
 
-def _tasks_that_fit(episode: Episode, largest_activation: int) -> int:
+def _tasks_that_fit(episode: Episode, largest_activation: int, numbers_kept: int) -> int:
     if episode.query_images.device.type != "cpu":
         return len(episode)
     n_images = episode.support_images.shape[1] + episode.query_images.shape[1]
-    size = len(episode) * n_images * largest_activation * episode.query_images.element_size()
-    return math.ceil(len(episode) / max(1, min(math.ceil(size / _CHUNK_BYTES), len(episode))))
+    size = len(episode) * episode.query_images.element_size()
+    n_chunks = math.ceil(
+        max(1, size * n_images * largest_activation / _ACTIVATION_BYTES, size * numbers_kept / _KEPT_BYTES)
+    )
+    return math.ceil(len(episode) / min(n_chunks, len(episode)))
 
 
 def with_known_gradient(parts: Sequence[tuple[float, Tensor, Gradients]], parameters: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ every parameter), and of MAML++ the learned rates of every layer and step, and t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
 from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
-from metatutor.optimization.engine import Compiled, with_known_gradient
+from metatutor.optimization.engine import Compiled, chunks, with_known_gradient
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class MAML(AdaptingLearner):
         multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
             and moves within this many calls of `meta_loss` to that after the last one (MAML++).
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
-            its gradient is due: the memory of one step and the parameters of all, for the time of one more pass each.
+            its gradient is due, with fewer tasks side by side the more steps there are: memory that does not grow with
+            the steps, for the time of one more pass each.
         compile: whether `meta_loss` is compiled, which takes a minute or more at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and the two before are a matter of
             speed and memory, not of the result.
@@ -165,6 +167,11 @@ class MAML(AdaptingLearner):
         gradient = self._compiled_gradient if self.config.compile and self.training else self._gradient
         known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
         return with_known_gradient(known, self.meta_parameters())
+
+    def chunks(self, episode: Episode) -> Iterator[Episode]:
+        """The tasks, as many at a time as are adapted side by side; `recompute` keeps parameters of every step."""
+        kept = self.inner_steps if self.config.recompute and self.training else 0
+        return chunks(episode, self.network, self.tasks_per_chunk, kept)
 
     def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of gradient descent on the support loss."""
