@@ -104,6 +104,8 @@ class ConvNet(Network):
         normalization: `"batch"`, `"support"` or `"group"`.
         zero_head: whether the last layer begins at zero. Classes are numbered at random in every task, so an initial
             layer that tells number 0 from number 1 can only mislead; MAML trains faster from one that does not.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
+            same. First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
@@ -117,7 +119,8 @@ class ConvNet(Network):
 
     Reference:
         Finn et al. (2017), section 5.2; Vinyals et al. (2016), section 4.1.1; group normalisation: Wu & He (2018);
-        a last layer without order: Ye & Chao (2022), How to train your MAML to excel in few-shot classification.
+        a last layer without order: Ye & Chao (2022), How to train your MAML to excel in few-shot classification; one
+        that is always zero at first: Kao, Chiu & Chen (2022), MAML is a noisy contrastive learner in classification.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class ConvNet(Network):
         hidden: Sequence[int] = (),
         normalization: Normalization = "batch",
         zero_head: bool = False,
+        fixed_head: bool = False,
         in_channels: int = 1,
         image_size: int = 28,
     ) -> None:
@@ -166,6 +170,7 @@ class ConvNet(Network):
         if zero_head:
             for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
+        self.head.requires_grad_(not fixed_head)
 
     def features(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None

@@ -141,6 +141,7 @@ class NetworkConfig:
     hidden: tuple[int, ...] = ()
     normalization: Normalization = "batch"
     zero_head: bool = False
+    fixed_head: bool = False
 
     def build(self, n_outputs: int | None) -> ConvNet:
         """The network with this many logits, or without a last layer."""
