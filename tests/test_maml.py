@@ -442,7 +442,7 @@ def test_traced_is_plain(random_episode: Episodes, options: dict[str, Any], monk
     learner = small(compile=True, **options)
     assert close(three_steps(random_episode, learner), three_steps(random_episode, small(**options)))
     # one graph for every size of chunk, and for the loss after every step or after the last
-    assert len(learner._compiled.compiled) == (2 if "tasks_per_chunk" in options else 1)
+    assert learner._compiled and len(learner._compiled.compiled) == (2 if "tasks_per_chunk" in options else 1)
     with pytest.raises(ValueError, match="build ConvNet"):
         learner.meta_loss(random_episode(n_way=4))
 

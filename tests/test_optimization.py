@@ -184,6 +184,26 @@ def test_chunks_change_nothing(random_episode: Episodes, method: str, tasks_per_
 
 @of_every_method
 @pytest.mark.parametrize("tasks_per_chunk", [None, 2])
+def test_compiled_is_plain(
+    random_episode: Episodes, monkeypatch: pytest.MonkeyPatch, method: str, tasks_per_chunk: int | None
+):
+    """What is traced for the compiler gives the same gradient, for other parameters and tasks too."""
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda graph: compiled.append(graph) or graph)
+    learners = [small(method, compile=on, tasks_per_chunk=tasks_per_chunk) for on in (True, False)]
+    for seed in range(2):
+        found, expected = (loss_and_gradient(learner, random_episode(seed=seed)) for learner in learners)
+        assert close(found, expected, 1e-8)
+        for learner in learners:
+            for parameter in learner.parameters():
+                parameter.data += 0.01
+    assert len(compiled) == (1 if tasks_per_chunk is None else 2)  # one for every size of chunk
+    found, expected = (loss_and_gradient(learner.eval(), random_episode()) for learner in learners)
+    assert close(found, expected, 1e-8)
+
+
+@of_every_method
+@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
 def test_a_meta_loss_is_part_of_a_larger_one(random_episode: Episodes, method: str, tasks_per_chunk: int | None):
     """Its gradient is scaled, and adds to what other terms give, as any loss's."""
     episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)

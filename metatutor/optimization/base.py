@@ -14,7 +14,7 @@ from torch import Tensor
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, NetworkLearner, Parameters
-from metatutor.optimization.engine import chunks, with_known_gradient
+from metatutor.optimization.engine import Compiled, chunks, with_known_gradient
 
 Vectors = Float[Tensor, "task parameter"]  # all parameters of a task in a row
 
@@ -22,15 +22,18 @@ Vectors = Float[Tensor, "task parameter"]  # all parameters of a task in a row
 class AdaptingLearner(NetworkLearner):
     """Takes `inner_steps` steps on the support set of each task, and answers its query images with the outcome.
 
-    A method says what a step is, `inner_step`, and how the outer loop learns from it, `meta_loss`. All tasks of an
-    episode take their steps side by side: `vmap` gives every task its own parameters, and since no task's loss depends
-    on another's parameters, one call of `autograd.grad` on the sum of losses yields the gradient of each.
+    A method says what a step is, `inner_step`; and if the outer loop is to learn from it otherwise than by
+    differentiating through the steps, `meta_gradient`. All tasks of an episode take their steps side by side: `vmap`
+    gives every task its own parameters, and since no task's loss depends on another's parameters, one call of
+    `autograd.grad` on the sum of losses yields the gradient of each.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
+            memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
@@ -50,12 +53,16 @@ class AdaptingLearner(NetworkLearner):
         Finn, Abbeel & Levine (2017), algorithm 1, lines 4 to 7.
     """
 
+    own_gradient: bool = False
+    """Whether `meta_gradient` is to be asked instead of autograd, even where that could tell."""
+
     def __init__(
         self,
         network: Network,
         *,
         inner_steps: int,
         test_inner_steps: int | None = None,
+        compile: bool = False,
         tasks_per_chunk: int | None = None,
         loss: Loss | None = None,
     ) -> None:
@@ -63,6 +70,7 @@ class AdaptingLearner(NetworkLearner):
         if tasks_per_chunk is not None and tasks_per_chunk < 1:
             raise ValueError(f"tasks_per_chunk must be positive, got {tasks_per_chunk}")
         self.inner_steps, self.test_inner_steps, self.tasks_per_chunk = inner_steps, test_inner_steps, tasks_per_chunk
+        self._compiled = Compiled(self._gradient_of_tensors) if compile else None
 
     @abstractmethod
     def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
@@ -85,18 +93,33 @@ class AdaptingLearner(NetworkLearner):
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean loss of the query images after adaptation.
 
-        With more than one chunk the meta-gradient is computed here, chunk by chunk, and handed over by `backward`.
+        With more than one chunk, or if autograd is not to find the meta-gradient, it is computed here, chunk by chunk,
+        and handed over by `backward`.
         """
-        parts = list(self.chunks(episode))
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return super().meta_loss(episode)
-        known = [(len(chunk) / len(episode), *self.meta_gradient(chunk)) for chunk in parts]
+        parts, weights = list(self.chunks(episode)), self.step_weights(episode)
+        compiled = self._compiled is not None and self.training
+        if not torch.is_grad_enabled() or not (self.own_gradient or compiled or len(parts) > 1):
+            return self.outer_loss(episode, weights)
+        gradient = self._compiled_gradient if compiled else self.meta_gradient
+        known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
         return with_known_gradient(known, self.meta_parameters())
 
-    def meta_gradient(self, episode: Episode) -> tuple[Float[Tensor, ""], list[Tensor]]:
+    def step_weights(self, episode: Episode) -> Float[Tensor, " step"] | None:
+        """How much the query loss after each inner step counts; None: only that after the last one does."""
+        return None
+
+    def outer_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None) -> Float[Tensor, ""]:
+        """The mean query loss after the last inner step, or the weighted sum of those after each."""
+        if weights is None:
+            return super().meta_loss(episode)
+        losses = [self.query_loss(episode, parameters) for parameters in self.adaptation_path(episode)[1:]]
+        return weights @ torch.stack(losses)
+
+    def meta_gradient(
+        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The meta-loss of one chunk, and its gradient in each of `meta_parameters`."""
-        loss = super().meta_loss(episode)
-        parameters = self.meta_parameters()
+        loss, parameters = self.outer_loss(episode, weights), self.meta_parameters()
         return loss.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     def meta_parameters(self) -> list[Tensor]:
@@ -170,6 +193,29 @@ class AdaptingLearner(NetworkLearner):
                 f"the network has {self.network.n_outputs} outputs but the episode is {episode.n_way}-way; "
                 f"{type(self).__name__} adapts one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
             )
+
+    def _compiled_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """`meta_gradient`, compiled."""
+        assert self._compiled is not None
+        self.check_ways(episode)
+        images_and_labels = (
+            episode.support_images, episode.support_labels, episode.query_images, episode.query_labels
+        )  # fmt: skip
+        no_weights = torch.empty(0, device=episode.query_images.device)
+        loss, *gradients = self._compiled(
+            no_weights if weights is None else weights, *images_and_labels, *self.meta_parameters()
+        )
+        return loss, gradients
+
+    def _gradient_of_tensors(self, weights: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """`meta_gradient` as a function of nothing but tensors."""
+        images_and_labels, parameters = tensors[:4], tensors[4:]
+        episode = Episode(*images_and_labels, n_way=self.network.n_outputs or 0)
+        names = [name for name, p in self.named_parameters() if p.requires_grad]
+        own = leaves(dict(zip(names, parameters, strict=True)))
+        with torch.enable_grad():
+            loss, gradients = self.under(own, self.meta_gradient, episode, weights if len(weights) else None)
+        return [loss, *gradients]
 
 
 def leaves(parameters: Parameters) -> Parameters:

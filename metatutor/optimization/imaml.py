@@ -21,7 +21,6 @@ from metatutor.optimization.base import (
     check_inner_loop,
     leaves,
 )
-from metatutor.optimization.engine import with_known_gradient
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class ImplicitMAMLConfig:
     test_inner_steps: int | None = None
     proximity: float = 2.0
     cg_steps: int = 5
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
@@ -80,7 +80,9 @@ class ImplicitMAML(AdaptingLearner):
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         proximity: strength of the pull towards the initial parameters (the paper's lambda).
         cg_steps: steps of conjugate gradient; with 0 the meta-gradient is that of first-order MAML.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
+            memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
@@ -98,6 +100,8 @@ class ImplicitMAML(AdaptingLearner):
         (1952).
     """
 
+    own_gradient = True
+
     def __init__(
         self,
         network: Network,
@@ -107,14 +111,16 @@ class ImplicitMAML(AdaptingLearner):
         test_inner_steps: int | None = ImplicitMAMLConfig.test_inner_steps,
         proximity: float = ImplicitMAMLConfig.proximity,
         cg_steps: int = ImplicitMAMLConfig.cg_steps,
+        compile: bool = ImplicitMAMLConfig.compile,
         tasks_per_chunk: int | None = None,
         loss: Loss | None = None,
     ) -> None:
-        self.config = ImplicitMAMLConfig("imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps)
+        self.config = ImplicitMAMLConfig("imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps, compile)
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
+            compile=compile,
             tasks_per_chunk=tasks_per_chunk,
             loss=loss,
         )
@@ -126,14 +132,9 @@ class ImplicitMAML(AdaptingLearner):
         pulls = {n: gradients[n] + self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
         return {n: p - self.config.inner_lr * pulls[n] for n, p in parameters.items()}, initial
 
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean loss of the query images after adaptation; `backward` hands over the implicit gradient."""
-        if not torch.is_grad_enabled():
-            return super().meta_loss(episode)
-        known = [(len(chunk) / len(episode), *self.meta_gradient(chunk)) for chunk in self.chunks(episode)]
-        return with_known_gradient(known, list(self.network.parameters()))
-
-    def meta_gradient(self, episode: Episode) -> tuple[Float[Tensor, ""], list[Tensor]]:
+    def meta_gradient(
+        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """The mean query loss of one chunk and its implicit gradient in each parameter."""
         with torch.no_grad():
             adapted = leaves(self.adapt(episode))
@@ -156,7 +157,8 @@ class ImplicitMAML(AdaptingLearner):
             return vectors + as_vectors(hessian) / self.config.proximity
 
         solution = conjugate_gradient(product, as_vectors(of_query), self.config.cg_steps)
-        return loss.detach(), [piece.sum(0) for piece in as_parameters(solution, adapted).values()]
+        wanted = {n for n, p in self.network.named_parameters() if p.requires_grad}
+        return loss.detach(), [piece.sum(0) for n, piece in as_parameters(solution, adapted).items() if n in wanted]
 
 
 def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, steps: int) -> Vectors:

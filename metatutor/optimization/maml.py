@@ -18,7 +18,7 @@ from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
 from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
-from metatutor.optimization.engine import Compiled, chunks, with_known_gradient
+from metatutor.optimization.engine import chunks
 
 
 @dataclass(frozen=True)
@@ -145,28 +145,14 @@ class MAML(AdaptingLearner):
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
+            compile=compile,
             tasks_per_chunk=tasks_per_chunk,
             loss=loss,
         )
+        self.own_gradient = recompute
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))
-        self._compiled = Compiled(self._gradient_of_tensors)
-
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean loss of the query images after adaptation.
-
-        With more than one chunk, or `recompute` or `compile`, the meta-gradient is computed here and handed over by
-        `backward`.
-        """
-        weights = self._step_weights(episode.query_images)
-        parts = list(self.chunks(episode))
-        by_autograd = len(parts) == 1 and not self.config.recompute and not self.config.compile
-        if by_autograd or not torch.is_grad_enabled():
-            return self._weighted_loss(episode, weights)
-        gradient = self._compiled_gradient if self.config.compile and self.training else self._gradient
-        known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
-        return with_known_gradient(known, self.meta_parameters())
 
     def chunks(self, episode: Episode) -> Iterator[Episode]:
         """The tasks, as many at a time as are adapted side by side; `recompute` keeps parameters of every step."""
@@ -207,7 +193,7 @@ class MAML(AdaptingLearner):
 
     # --- the loss after every step ---
 
-    def _step_weights(self, like: Tensor) -> Tensor | None:
+    def step_weights(self, episode: Episode) -> Float[Tensor, " step"] | None:
         """The weights of the query losses after each inner step, or None: only that after the last."""
         n_steps, until = self.config.inner_steps, self.config.multi_step_iterations
         if not self.training or not until or self.multi_step_calls >= until:
@@ -215,25 +201,20 @@ class MAML(AdaptingLearner):
         earlier = (1 - self.multi_step_calls.item() / until) / n_steps
         if torch.is_grad_enabled():
             self.multi_step_calls += 1
-        return like.new_tensor([earlier] * (n_steps - 1) + [1 - (n_steps - 1) * earlier])
-
-    def _weighted_loss(self, episode: Episode, weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
-        losses = [self.query_loss(episode, parameters) for parameters in self.adaptation_path(episode)[1:]]
-        return weights @ torch.stack(losses)
+        return episode.query_images.new_tensor([earlier] * (n_steps - 1) + [1 - (n_steps - 1) * earlier])
 
     # --- the meta-gradient, computed here ---
 
-    def _gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The loss and its gradient in everything that the outer loop learns."""
+    def meta_gradient(
+        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """The meta-loss of one chunk, and its gradient in each of `meta_parameters`."""
         if self.config.recompute:
             return self._recomputed_gradient(episode, weights)
-        loss = self._weighted_loss(episode, weights)
-        return loss.detach(), list(torch.autograd.grad(loss, self.meta_parameters()))
+        return super().meta_gradient(episode, weights)
 
     def _recomputed_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """The same by the chain rule from the last step to the first, with the graph of one step at a time."""
+        """By the chain rule from the last step to the first, with the graph of one step at a time."""
         with torch.no_grad():
             path = self.adaptation_path(episode)
         n_steps, rates = len(path) - 1, list(self.rates)
@@ -260,24 +241,3 @@ class MAML(AdaptingLearner):
         of_shared = dict(zip(map(id, self.network.parameters()), (g.sum(0) for g in of_path.values()), strict=True))
         of_shared |= dict(zip(map(id, rates), of_rates, strict=True))
         return total, [of_shared[id(p)] for p in self.meta_parameters()]
-
-    def _compiled_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        self.check_ways(episode)
-        images_and_labels = (
-            episode.support_images, episode.support_labels, episode.query_images, episode.query_labels
-        )  # fmt: skip
-        no_weights = torch.empty(0, device=episode.query_images.device)
-        loss, *gradients = self._compiled(
-            no_weights if weights is None else weights, *images_and_labels, *self.meta_parameters()
-        )
-        return loss, gradients
-
-    def _gradient_of_tensors(self, weights: Tensor, *tensors: Tensor) -> list[Tensor]:
-        """`_gradient` as a function of nothing but tensors, to be compiled."""
-        images_and_labels, parameters = tensors[:4], tensors[4:]
-        episode = Episode(*images_and_labels, n_way=self.network.n_outputs or 0)
-        names = [name for name, p in self.named_parameters() if p.requires_grad]
-        own = leaves(dict(zip(names, parameters, strict=True)))
-        with torch.enable_grad():
-            loss, gradients = self.under(own, self._gradient, episode, weights if len(weights) else None)
-        return [loss, *gradients]

@@ -40,6 +40,7 @@ class MetaLSTMConfig:
     inner_steps: int = 5
     test_inner_steps: int | None = None
     hidden_size: int = 20
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_inner_loop(1.0, self.inner_steps, self.test_inner_steps)
@@ -73,7 +74,9 @@ class MetaLSTM(AdaptingLearner):
         inner_steps: steps of adaptation while training, each on the whole support set.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         hidden_size: of the LSTM that watches.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
+            memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
@@ -97,14 +100,16 @@ class MetaLSTM(AdaptingLearner):
         inner_steps: int = MetaLSTMConfig.inner_steps,
         test_inner_steps: int | None = MetaLSTMConfig.test_inner_steps,
         hidden_size: int = MetaLSTMConfig.hidden_size,
+        compile: bool = MetaLSTMConfig.compile,
         tasks_per_chunk: int | None = None,
         loss: Loss | None = None,
     ) -> None:
-        self.config = MetaLSTMConfig("meta_lstm", inner_steps, test_inner_steps, hidden_size)
+        self.config = MetaLSTMConfig("meta_lstm", inner_steps, test_inner_steps, hidden_size, compile)
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
+            compile=compile,
             tasks_per_chunk=tasks_per_chunk,
             loss=loss,
         )

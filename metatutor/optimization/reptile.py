@@ -13,7 +13,6 @@ from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
 from metatutor.optimization.base import AdaptingLearner, check_inner_loop
-from metatutor.optimization.engine import with_known_gradient
 
 _BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from dividing by zero
 
@@ -43,6 +42,7 @@ class ReptileConfig:
     inner_steps: int = 5
     test_inner_steps: int | None = 50
     shots_per_step: int | None = 2
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
@@ -74,7 +74,9 @@ class Reptile(AdaptingLearner):
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); None: `inner_steps`.
         shots_per_step: support images of each class in a mini-batch; None: the whole support set.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`): a matter of speed and memory.
+        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
+        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
+            memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
@@ -91,6 +93,8 @@ class Reptile(AdaptingLearner):
         Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.
     """
 
+    own_gradient = True
+
     def __init__(
         self,
         network: Network,
@@ -99,28 +103,33 @@ class Reptile(AdaptingLearner):
         inner_steps: int = ReptileConfig.inner_steps,
         test_inner_steps: int | None = ReptileConfig.test_inner_steps,
         shots_per_step: int | None = ReptileConfig.shots_per_step,
+        compile: bool = ReptileConfig.compile,
         tasks_per_chunk: int | None = None,
         loss: Loss | None = None,
     ) -> None:
-        self.config = ReptileConfig("reptile", inner_lr, inner_steps, test_inner_steps, shots_per_step)
+        self.config = ReptileConfig("reptile", inner_lr, inner_steps, test_inner_steps, shots_per_step, compile)
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
+            compile=compile,
             tasks_per_chunk=tasks_per_chunk,
             loss=loss,
         )
 
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Half the mean squared distance from the initial to the adapted parameters, these held fixed."""
+    def outer_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None = None) -> Float[Tensor, ""]:
+        """Half the mean squared distance from the initial to the adapted parameters."""
+        return self.meta_gradient(episode)[0]
+
+    def meta_gradient(
+        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
+    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
+        """That distance, and minus the mean of the ways that the tasks went."""
         parameters = dict(self.network.named_parameters())
-        known = []
         with torch.no_grad():
-            for chunk in self.chunks(episode):
-                towards = {n: adapted - parameters[n] for n, adapted in self.adapt(chunk).items()}
-                loss = sum(t.pow(2).sum() / (2 * len(chunk)) for t in towards.values())
-                known.append((len(chunk) / len(episode), loss, [-t.mean(0) for t in towards.values()]))
-        return with_known_gradient(known, list(parameters.values()))
+            towards = {n: adapted - parameters[n] for n, adapted in self.adapt(episode).items()}
+        loss = torch.stack([t.pow(2).sum() for t in towards.values()]).sum() / (2 * len(episode))
+        return loss, [-t.mean(0) for n, t in towards.items() if parameters[n].requires_grad]
 
     def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of Adam without momentum on the next mini-batch; the memory is its mean squared gradient."""
