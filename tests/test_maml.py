@@ -647,6 +647,12 @@ def test_test_inner_steps_are_for_evaluation_mode(random_episode: Episodes):
     assert torch.equal(small(inner_steps=3, test_inner_steps=0).eval()(episode), small(inner_steps=0)(episode))
 
 
+def test_test_inner_lr_is_for_evaluation_mode(random_episode: Episodes):
+    episode, learner = random_episode(), small(inner_lr=0.3, test_inner_lr=0.1)
+    assert torch.equal(learner.train()(episode), small(inner_lr=0.3).train()(episode))
+    assert torch.equal(learner.eval()(episode), small(inner_lr=0.1).eval()(episode))
+
+
 def test_the_path_of_adaptation(random_episode: Episodes):
     episode, learner = random_episode(), small(inner_steps=2)
     path = learner.adaptation_path(episode)
@@ -738,6 +744,11 @@ def test_another_number_of_ways(random_episode: Episodes):
         ({"inner_lr": float("nan")}, "inner_lr must be positive, got nan"),
         ({"inner_steps": -1}, "inner steps must not be negative, got -1 and None"),
         ({"test_inner_steps": -2}, "inner steps must not be negative, got 1 and -2"),
+        ({"test_inner_lr": 0.0}, "test_inner_lr must be positive, got 0.0"),
+        (
+            {"test_inner_lr": 0.1, "learned_lr": "layer"},
+            "where rates are learned, the test takes them too; leave test_inner_lr out",
+        ),
         ({"adapt": "body"}, "adapt must be 'all' or 'head', got 'body'"),
         ({"learned_lr": "each"}, "learned_lr must be 'none', 'parameter' or 'layer', got 'each'"),
         ({"multi_step_iterations": -1}, "multi_step_iterations must not be negative, got -1"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from metatutor.evaluation import confidence95
@@ -55,7 +56,7 @@ def lines(
     draw_levels(axes, levels)
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
     if percent:
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(series) > 1:
         figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
@@ -113,7 +114,7 @@ def learning_curve(history: Sequence[Row], *, levels: Mapping[str, float] | None
     below.plot(iterations, validation, color=BLUE, marker="o" if len(history) < 30 else None, label="meta-validation")
     draw_levels(below, levels)
     below.set(xlabel="iteration of the outer loop", ylabel="accuracy")
-    below.yaxis.set_major_formatter("{x:.0%}")
+    below.yaxis.set_major_formatter(PercentFormatter(1))
     below.legend(loc="lower right")
     return figure
 
@@ -140,14 +141,16 @@ def intervals(groups: Mapping[str, Mapping[str, tuple[float, float | None]]], *,
             axes.errorbar(value, line, xerr=half or 0, fmt=marker, color=colour, capsize=3, elinewidth=1.5)
             for text, side, x_at in ((name, "left", 0), (f"{value:.1%}", "right", 1)):
                 axes.annotate(text, (x_at, line), (0, 7), ("axes fraction", "data"), "offset points", ha=side, size=9)
-    drawn[-1].xaxis.set_major_formatter("{x:.0%}")
+    drawn[-1].xaxis.set_major_formatter(PercentFormatter(1))
     drawn[-1].set(xlabel=x, xlim=(None, 1.02))
     return figure
 
 
 @styled
-def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " task"]]]) -> Picture:
-    """One number a layer and task, in panels side by side: small points for the tasks, a large one for their mean.
+def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " n"]]]) -> Picture:
+    """Numbers of every layer, one a task or parameter, in panels side by side, each with zero on its axis.
+
+    A tick is a number, a point the mean of a layer.
 
     Args:
         panels: what the axis shows to layer to values; the same layers in each.
@@ -163,7 +166,7 @@ def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " task"]]]) -> Pict
             axes.plot(values.numpy(), [y] * len(values), "|", color=colour, alpha=0.5, ms=9)
             axes.plot(values.mean().item(), y, "o", color=colour, ms=7, markeredgecolor="white")
         axes.set(xlabel=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        axes.set_xlim(0, None)
+        axes.set_xlim(min(0, 1.1 * min(values.min().item() for values in layers.values())), None)
     return figure
 
 
@@ -204,7 +207,7 @@ def bands(
         axes.text(1.01, height, name, transform=axes.get_yaxis_transform(), color=GREY, va="center", size=9)
     axes.set(xlabel=x, ylabel=y, ylim=(0, 1.03 if percent else None))
     if percent:
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
 
@@ -241,6 +244,6 @@ def certainty(accuracies: Float[Tensor, " task"], n: int) -> Picture:
     below.axvline(truth, color="black", lw=1, ls="--", label="mean of all tasks")
     below.set(title=f"{len(means)} measurements of {n} tasks, sorted", xlabel="mean accuracy", yticks=[])
     for axes in (above, below):
-        axes.xaxis.set_major_formatter("{x:.0%}")
+        axes.xaxis.set_major_formatter(PercentFormatter(1))
         axes.legend(loc="upper left", handlelength=1.2)
     return figure

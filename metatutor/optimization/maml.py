@@ -45,6 +45,7 @@ class MAMLConfig:
     inner_lr: float = 0.4
     inner_steps: int = 1
     test_inner_steps: int | None = None
+    test_inner_lr: float | None = None
     first_order: bool = False
     adapt: Literal["all", "head"] = "all"
     learned_lr: Literal["none", "parameter", "layer"] = "none"
@@ -54,6 +55,10 @@ class MAMLConfig:
 
     def __post_init__(self) -> None:
         check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
+        if self.test_inner_lr is not None and not self.test_inner_lr > 0:
+            raise ValueError(f"test_inner_lr must be positive, got {self.test_inner_lr}")
+        if self.test_inner_lr is not None and self.learned_lr != "none":
+            raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
         if self.adapt not in ("all", "head"):
             raise ValueError(f"adapt must be 'all' or 'head', got {self.adapt!r}")
         if self.learned_lr not in ("none", "parameter", "layer"):
@@ -82,6 +87,8 @@ class MAML(AdaptingLearner):
         inner_lr: step size of adaptation; where it is learned, the initial one.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
+        test_inner_lr: step size in evaluation mode; default: `inner_lr`. First-order gradients do not tell the outer
+            loop that its steps lead too far.
         first_order: leave the second derivatives out.
         adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
         learned_lr: whether the outer loop learns step sizes too: one for every `"parameter"` (Meta-SGD), or one for
@@ -120,6 +127,7 @@ class MAML(AdaptingLearner):
         inner_lr: float = MAMLConfig.inner_lr,
         inner_steps: int = MAMLConfig.inner_steps,
         test_inner_steps: int | None = MAMLConfig.test_inner_steps,
+        test_inner_lr: float | None = MAMLConfig.test_inner_lr,
         first_order: bool = MAMLConfig.first_order,
         adapt: Literal["all", "head"] = MAMLConfig.adapt,
         learned_lr: Literal["none", "parameter", "layer"] = MAMLConfig.learned_lr,
@@ -134,6 +142,7 @@ class MAML(AdaptingLearner):
             inner_lr,
             inner_steps,
             test_inner_steps,
+            test_inner_lr,
             first_order,
             adapt,
             learned_lr,
@@ -189,7 +198,8 @@ class MAML(AdaptingLearner):
         """The step size of each moving parameter."""
         if self.config.learned_lr == "layer":
             return [rates[min(step, self.config.inner_steps - 1)] for rates in self.rates]
-        return list(self.rates) or [self.config.inner_lr] * len(self._moving())
+        rate = self.config.inner_lr if self.training else self.config.test_inner_lr or self.config.inner_lr
+        return list(self.rates) or [rate] * len(self._moving())
 
     # --- the loss after every step ---
 
