@@ -166,7 +166,9 @@ def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " n"]]]) -> Picture
             axes.plot(values.numpy(), [y] * len(values), "|", color=colour, alpha=0.5, ms=9)
             axes.plot(values.mean().item(), y, "o", color=colour, ms=7, markeredgecolor="white")
         axes.set(xlabel=title, yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-        axes.set_xlim(min(0, 1.1 * min(values.min().item() for values in layers.values())), None)
+        low, high = torch.cat(list(layers.values())).aminmax()
+        room = 0.07 * max(high - low, high, -low).item()
+        axes.set_xlim(low.item() - room if low < 0 else 0, high.item() + room)
     return figure
 
 
