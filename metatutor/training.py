@@ -203,6 +203,8 @@ def _step(
         for parameter in learner.parameters():
             if parameter.grad is not None:
                 parameter.grad = _mean(accelerator, parameter.grad)
+        for buffer in learner.buffers():
+            buffer.copy_(_mean(accelerator, buffer))
         loss = _mean(accelerator, loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
     value = loss.item() if torch.isfinite(norm) else math.nan

@@ -22,13 +22,22 @@ from metatutor.training import TrainConfig, train
 Episodes = Callable[..., Episode]
 
 
-def small(*, normalization: Normalization = "batch", seed: int = 0, **options: Any) -> Reptile:
+class Forgetful(Reptile):
+    """Adam starts anew with every task, so that a loss and its gradient can be asked for twice."""
+
+    def learn_besides(self, known: Any) -> None:
+        pass
+
+
+def small(
+    *, normalization: Normalization = "batch", seed: int = 0, kind: type[Reptile] = Forgetful, **options: Any
+) -> Reptile:
     """A learner of 3-way tasks of 8×8 pixels in float64, every parameter random."""
     network = ConvNet(3, filters=4, n_blocks=2, image_size=8, normalization=normalization)
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.double().parameters():
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2
-    return Reptile(network, **{"inner_lr": 0.02, "test_inner_steps": None} | options)
+    return kind(network, **{"inner_lr": 0.02, "test_inner_steps": None} | options)
 
 
 def flat(tensors: Any) -> Tensor:
@@ -42,7 +51,7 @@ def close(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> bool:
 def outer_gradient(learner: Reptile, episode: Episode) -> Tensor:
     learner.zero_grad()
     learner.meta_loss(episode).backward()
-    return flat([p.grad for p in learner.parameters() if p.grad is not None])
+    return flat([p.grad for p in learner.network.parameters() if p.grad is not None])
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------
@@ -59,7 +68,7 @@ def test_two_steps_by_hand():
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
     x, y = torch.full((1, 1, 1), 2.0).double(), torch.full((1, 1, 1), 3.0).double()
-    learner, episode = Reptile(network, inner_lr=0.5, inner_steps=2), Episode(x, y, x, y, n_way=1)
+    learner, episode = Forgetful(network, inner_lr=0.5, inner_steps=2), Episode(x, y, x, y, n_way=1)
     second = 0.25 / math.sqrt(0.001 * (0.999 + 0.25) / (1 - 0.999**2))
     path = learner.adaptation_path(episode)
     for name in ("head.weight", "head.bias"):
@@ -110,6 +119,47 @@ def test_the_update_is_the_mean_of_what_adam_does_to_each_task(
     assert learner.meta_loss(episode).item() == pytest.approx(sum(distances) / 6, rel=1e-7)
     mean = torch.stack([flat(of_task.values()) for of_task in expected]).mean(0)
     assert close(outer_gradient(learner, episode), flat(initial.values()) - mean, 1e-7)
+
+
+def test_adam_goes_on_where_the_tasks_before_left_it(random_episode: Episodes):
+    """Two outer steps on one task against one Adam of PyTorch's that never starts anew."""
+    task, learner = random_episode(n_tasks=1, k_shot=5), small(kind=Reptile, inner_steps=3, shots_per_step=1)
+    network = deepcopy(learner.network)
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.02, betas=(0.0, 0.999))
+    images, labels = task.support_images[0], task.support_labels[0]
+    by_class = labels.argsort(stable=True).view(3, 5)
+    outer = torch.optim.SGD(learner.parameters(), lr=1.0)
+    for _ in range(2):
+        outer.zero_grad()
+        learner.meta_loss(task).backward()
+        outer.step()
+        for step in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(network(images[by_class[:, step]]), labels[by_class[:, step]]).backward()
+            optimizer.step()
+    assert close(flat(learner.network.parameters()), flat(network.parameters()), 1e-7)
+    squares = [optimizer.state[p]["exp_avg_sq"] for p in network.parameters()]
+    assert close(learner.squares, flat(squares), 1e-9)
+    assert learner.filled.item() == pytest.approx(1 - 0.999**6)
+    assert close(learner(task), Reptile(learner.network, inner_lr=0.02).double().eval()(task)) is False  # nor the test
+
+
+def test_several_tasks_leave_their_mean(random_episode: Episodes):
+    episode, learner = random_episode(n_tasks=4), small(kind=Reptile, inner_steps=2)
+    learner.meta_loss(episode)
+    alone = [small(kind=Reptile, inner_steps=2) for _ in range(4)]
+    for i, one in enumerate(alone):
+        one.meta_loss(episode.task(i))
+    assert close(learner.squares, torch.stack([one.squares for one in alone]).mean(0))
+    assert learner.filled == alone[0].filled > 0
+    for options in ({"tasks_per_chunk": 3}, {"compile": True}):
+        other = small(kind=Reptile, inner_steps=2, **options)
+        other.meta_loss(episode)
+        assert close(other.squares, learner.squares, 1e-7)
+        assert close(other.filled, learner.filled)
+    left = learner.squares.clone()
+    learner.eval().meta_loss(episode), learner(episode)
+    assert torch.equal(learner.squares, left)  # only training moves it
 
 
 class Watched(Reptile):

@@ -102,7 +102,11 @@ class AdaptingLearner(NetworkLearner):
             return self.outer_loss(episode, weights)
         gradient = self._compiled_gradient if compiled else self.meta_gradient
         known = [(len(chunk) / len(episode), *gradient(chunk, weights)) for chunk in parts]
+        self.learn_besides(known)
         return with_known_gradient(known, self.meta_parameters())
+
+    def learn_besides(self, known: list[tuple[float, Tensor, list[Tensor]]]) -> None:
+        """Learn, from each chunk's weight, loss and gradient, what no optimizer learns: nothing, as a rule."""
 
     def step_weights(self, episode: Episode) -> Float[Tensor, " step"] | None:
         """How much the query loss after each inner step counts; None: only that after the last one does."""
@@ -124,7 +128,11 @@ class AdaptingLearner(NetworkLearner):
 
     def meta_parameters(self) -> list[Tensor]:
         """What the outer loop learns."""
-        return [p for p in self.parameters() if p.requires_grad]
+        return list(self.named_meta_parameters().values())
+
+    def named_meta_parameters(self) -> Parameters:
+        """The same by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def adapt(self, episode: Episode, inner_steps: int | None = None) -> Parameters:
         """The adapted parameters of every task, `[task, ...]` by name.
@@ -211,8 +219,7 @@ class AdaptingLearner(NetworkLearner):
         """`meta_gradient` as a function of nothing but tensors."""
         images_and_labels, parameters = tensors[:4], tensors[4:]
         episode = Episode(*images_and_labels, n_way=self.network.n_outputs or 0)
-        names = [name for name, p in self.named_parameters() if p.requires_grad]
-        own = leaves(dict(zip(names, parameters, strict=True)))
+        own = leaves(dict(zip(self.named_meta_parameters(), parameters, strict=True)))
         with torch.enable_grad():
             loss, gradients = self.under(own, self.meta_gradient, episode, weights if len(weights) else None)
         return [loss, *gradients]

@@ -12,7 +12,7 @@ from torch import Tensor
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
 from metatutor.learner import Loss, Parameters
-from metatutor.optimization.base import AdaptingLearner, check_inner_loop
+from metatutor.optimization.base import AdaptingLearner, as_parameters, as_vectors, check_inner_loop
 
 _BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from dividing by zero
 
@@ -63,7 +63,10 @@ class Reptile(AdaptingLearner):
     `initial - mean of adapted`. Query images are not used in training: give tasks of more shots instead.
 
     Inner loop: Adam without momentum, `p -= inner_lr * g / (sqrt(v / (1 - 0.999^t)) + 1e-8)`, where `v` decays by 0.999
-    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn.
+    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn. As in the authors'
+    code, Adam goes on where the tasks before have left it on the average, also at the test. Were it to start anew with
+    every task, its first steps would be of full length however small the gradient, and most of what Reptile averages
+    would be noise.
 
     To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
     training is the same.
@@ -94,6 +97,8 @@ class Reptile(AdaptingLearner):
     """
 
     own_gradient = True
+    squares: Tensor
+    filled: Tensor
 
     def __init__(
         self,
@@ -116,6 +121,9 @@ class Reptile(AdaptingLearner):
             tasks_per_chunk=tasks_per_chunk,
             loss=loss,
         )
+        flat = torch.cat([p.detach().flatten() for p in network.parameters()])
+        self.register_buffer("squares", torch.zeros_like(flat))
+        self.register_buffer("filled", flat.new_zeros(()))
 
     def outer_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None = None) -> Float[Tensor, ""]:
         """Half the mean squared distance from the initial to the adapted parameters."""
@@ -125,20 +133,46 @@ class Reptile(AdaptingLearner):
         self, episode: Episode, weights: Float[Tensor, " step"] | None = None
     ) -> tuple[Float[Tensor, ""], list[Tensor]]:
         """That distance, and minus the mean of the ways that the tasks went."""
-        parameters = dict(self.network.named_parameters())
+        self.check_ways(episode)
         with torch.no_grad():
-            towards = {n: adapted - parameters[n] for n, adapted in self.adapt(episode).items()}
-        loss = torch.stack([t.pow(2).sum() for t in towards.values()]).sum() / (2 * len(episode))
-        return loss, [-t.mean(0) for n, t in towards.items() if parameters[n].requires_grad]
+            initial = {n: p.expand(len(episode), *p.shape) for n, p in self.network.named_parameters()}
+            parameters, memory = initial, self._initial_memory(initial)
+            for step in range(self.config.inner_steps):
+                parameters, memory = self.inner_step(parameters, memory, episode, step)
+            ways = {f"network.{n}": p - parameters[n] for n, p in initial.items()}
+            loss = torch.stack([way.pow(2).sum() for way in ways.values()]).sum() / (2 * len(episode))
+            gradients = {n: way.mean(0) for n, way in ways.items()}
+            gradients["squares"] = self.squares - as_vectors(memory[0].values()).mean(0)
+            gradients["filled"] = self.filled - memory[1]
+        return loss, [gradients[n] for n in self.named_meta_parameters()]
+
+    def named_meta_parameters(self) -> Parameters:
+        """The parameters of the network, and how far Adam is."""
+        return super().named_meta_parameters() | dict(self.named_buffers())
+
+    def learn_besides(self, known: list[tuple[float, Tensor, list[Tensor]]]) -> None:
+        """Leave Adam where the tasks, on the average, have left it."""
+        if not self.training:
+            return
+        for weight, _, gradients in known:
+            of_squares, of_filled = gradients[-2:]
+            self.squares -= weight * of_squares
+            self.filled -= weight * of_filled
 
     def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of Adam without momentum on the next mini-batch; the memory is its mean squared gradient."""
-        memory = memory or {n: torch.zeros_like(p) for n, p in parameters.items()}
+        before, filled = memory or self._initial_memory(parameters)
         _, gradients = self.support_gradients(parameters, self._mini_batch(episode, step))
-        squares = {n: _BETA * memory[n] + (1 - _BETA) * g**2 for n, g in gradients.items()}
-        unbiased = 1 - _BETA ** (step + 1)
-        scales = {n: (s / unbiased).sqrt() + _EPSILON for n, s in squares.items()}
-        return {n: p - self.config.inner_lr * gradients[n] / scales[n] for n, p in parameters.items()}, squares
+        squares = {n: _BETA * before[n] + (1 - _BETA) * g**2 for n, g in gradients.items()}
+        filled = _BETA * filled + (1 - _BETA)  # the same mean of ones: what Adam divides by, as it began at zero
+        scales = {n: (s / filled).sqrt() + _EPSILON for n, s in squares.items()}
+        moved = {n: p - self.config.inner_lr * gradients[n] / scales[n] for n, p in parameters.items()}
+        return moved, (squares, filled)
+
+    def _initial_memory(self, parameters: Parameters) -> tuple[Parameters, Tensor]:
+        """Where the tasks before left Adam."""
+        n_tasks = len(next(iter(parameters.values())))
+        return as_parameters(self.squares.expand(n_tasks, -1), parameters), self.filled
 
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
         """The next shots of every class; after the last one, the first."""
