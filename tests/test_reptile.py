@@ -152,13 +152,16 @@ def test_several_tasks_leave_their_mean(random_episode: Episodes):
         one.meta_loss(episode.task(i))
     assert close(learner.squares, torch.stack([one.squares for one in alone]).mean(0))
     assert learner.filled == alone[0].filled > 0
-    for options in ({"tasks_per_chunk": 3}, {"compile": True}):
-        other = small(kind=Reptile, inner_steps=2, **options)
+    for other in (
+        small(kind=Reptile, inner_steps=2, tasks_per_chunk=3),
+        small(kind=Reptile, inner_steps=2, compile=True),
+    ):
         other.meta_loss(episode)
         assert close(other.squares, learner.squares, 1e-7)
         assert close(other.filled, learner.filled)
     left = learner.squares.clone()
-    learner.eval().meta_loss(episode), learner(episode)
+    learner.eval().meta_loss(episode)
+    learner(episode)
     assert torch.equal(learner.squares, left)  # only training moves it
 
 

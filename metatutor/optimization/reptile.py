@@ -63,10 +63,10 @@ class Reptile(AdaptingLearner):
     `initial - mean of adapted`. Query images are not used in training: give tasks of more shots instead.
 
     Inner loop: Adam without momentum, `p -= inner_lr * g / (sqrt(v / (1 - 0.999^t)) + 1e-8)`, where `v` decays by 0.999
-    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn. As in the authors'
-    code, Adam goes on where the tasks before have left it on the average, also at the test. Were it to start anew with
-    every task, its first steps would be of full length however small the gradient, and most of what Reptile averages
-    would be noise.
+    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn. As in the
+    authors' code, Adam goes on where the tasks before have left it on the average, also at the test. Were it to start
+    anew with every task, its first steps would be of full length however small the gradient, and most of what Reptile
+    averages would be noise.
 
     To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
     training is the same.
