@@ -108,17 +108,25 @@ def closed_form(learner: ImplicitMAML, episode: Episode) -> tuple[Tensor, Tensor
         right = 2 * design.T @ episode.support_labels[task, :, 0] / len(design) + proximity * initial
         solution = torch.linalg.solve(hessian + proximity * torch.eye(3).double(), right)
         of_query = 2 * queries.T @ (queries @ solution - episode.query_labels[task, :, 0]) / len(queries)
-        gradients.append(torch.linalg.solve(torch.eye(3).double() + hessian / proximity, of_query))
+        spring = proximity + learner.config.cg_damping
+        gradients.append(torch.linalg.solve(torch.eye(3).double() + hessian / spring, of_query))
         adapted.append(solution)
     return torch.stack(adapted), torch.stack(gradients).mean(0)
 
 
+@pytest.mark.parametrize("cg_damping", [0.0, 2.5])
 @pytest.mark.parametrize("proximity", [1.0, 1.5, 4.0])
-def test_a_quadratic_against_the_closed_form(proximity: float):
-    learner, episode = linear(proximity=proximity), regression()
+def test_a_quadratic_against_the_closed_form(proximity: float, cg_damping: float):
+    """Damping is a stronger spring in the linear system only: adaptation leads to the same place."""
+    learner, episode = linear(proximity=proximity, cg_damping=cg_damping), regression()
     adapted, gradient = closed_form(learner, episode)
     assert close(torch.cat([p.flatten(1) for p in learner.adapt(episode).values()], dim=1), adapted)
     assert close(gradient_of(learner, episode), gradient)
+
+
+def test_with_much_damping_first_order_is_left():
+    first_order, damped = linear(cg_steps=0), linear(cg_damping=1e9)
+    assert close(gradient_of(damped, regression()), gradient_of(first_order, regression()), 1e-6)
 
 
 def unrolled(learner: ImplicitMAML, episode: Episode) -> Tensor:

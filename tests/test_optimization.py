@@ -458,6 +458,7 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"proximity": -1.0}, "proximity must be positive, got -1.0"),
         ({"proximity": float("nan")}, "proximity must be positive, got nan"),
         ({"cg_steps": -1}, "cg_steps must not be negative, got -1"),
+        ({"cg_damping": -1.0}, "cg_damping must not be negative, got -1.0"),
     ],
     "meta_lstm": [*WRONG_STEPS, ({"hidden_size": 0}, "hidden_size must be positive, got 0")],
 }
@@ -500,7 +501,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
         MAMLConfig(inner_lr=0.2, inner_steps=2, first_order=True, adapt="head", recompute=True, compile=True),
         ReptileConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, shots_per_step=4),
         ReptileConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=None, shots_per_step=None),
-        ImplicitMAMLConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, proximity=0.5, cg_steps=4),
+        ImplicitMAMLConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, proximity=0.5, cg_steps=4, cg_damping=0.1),
         MetaLSTMConfig(inner_steps=2, test_inner_steps=3, hidden_size=4),
     ],
     ids=lambda config: config.method,

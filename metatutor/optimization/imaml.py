@@ -49,6 +49,7 @@ class ImplicitMAMLConfig:
     test_inner_steps: int | None = None
     proximity: float = 2.0
     cg_steps: int = 5
+    cg_damping: float = 0.0
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class ImplicitMAMLConfig:
             raise ValueError(f"proximity must be positive, got {self.proximity}")
         if self.cg_steps < 0:
             raise ValueError(f"cg_steps must not be negative, got {self.cg_steps}")
+        if not self.cg_damping >= 0:
+            raise ValueError(f"cg_damping must not be negative, got {self.cg_damping}")
 
     def build(self, network: Network) -> ImplicitMAML:
         """The learner with these arguments."""
@@ -80,6 +83,9 @@ class ImplicitMAML(AdaptingLearner):
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         proximity: strength of the pull towards the initial parameters (the paper's lambda).
         cg_steps: steps of conjugate gradient; with 0 the meta-gradient is that of first-order MAML.
+        cg_damping: added to `proximity` in the linear system only. The further adaptation is from rest, the less the
+            formula is true; the more damping, the less of it is taken, down to first-order MAML. The authors' code has
+            10.
         compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
             memory, not of the result.
@@ -111,11 +117,14 @@ class ImplicitMAML(AdaptingLearner):
         test_inner_steps: int | None = ImplicitMAMLConfig.test_inner_steps,
         proximity: float = ImplicitMAMLConfig.proximity,
         cg_steps: int = ImplicitMAMLConfig.cg_steps,
+        cg_damping: float = ImplicitMAMLConfig.cg_damping,
         compile: bool = ImplicitMAMLConfig.compile,
         tasks_per_chunk: int | None = None,
         loss: Loss | None = None,
     ) -> None:
-        self.config = ImplicitMAMLConfig("imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps, compile)
+        self.config = ImplicitMAMLConfig(
+            "imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps, cg_damping, compile
+        )
         super().__init__(
             network,
             inner_steps=inner_steps,
@@ -144,7 +153,7 @@ class ImplicitMAML(AdaptingLearner):
             _, of_support = self.support_gradients(adapted, episode, create_graph=True)
 
         def product(vectors: Vectors) -> Vectors:
-            """`(I + H / proximity)` times a vector, for each task."""
+            """`(I + H / (proximity + damping))` times a vector, for each task."""
             pieces = list(as_parameters(vectors, adapted).values())
             hessian = torch.autograd.grad(
                 list(of_support.values()),
@@ -154,7 +163,7 @@ class ImplicitMAML(AdaptingLearner):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            return vectors + as_vectors(hessian) / self.config.proximity
+            return vectors + as_vectors(hessian) / (self.config.proximity + self.config.cg_damping)
 
         solution = conjugate_gradient(product, as_vectors(of_query), self.config.cg_steps)
         wanted = {n for n, p in self.network.named_parameters() if p.requires_grad}
