@@ -54,7 +54,7 @@ class Forgetful(Reptile):
 
 def with_network(method: str, network: Network, seed: int = 0, **options: Any) -> AdaptingLearner:
     """A learner in float64, every parameter random, also those of an LSTM."""
-    kind = Forgetful if method == "reptile" else METHODS[method]
+    kind: Any = Forgetful if method == "reptile" else METHODS[method]
     learner = kind(network, **{"inner_steps": 2} | OPTIONS[method] | options).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in learner.parameters():
