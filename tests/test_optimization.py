@@ -26,6 +26,7 @@ from metatutor.optimization import (
 )
 from metatutor.optimization.base import AdaptingLearner
 from metatutor.training import TrainConfig, train
+from tests.conftest import ForgetfulReptile
 
 Episodes = Callable[..., Episode]
 METHODS: dict[str, Callable[..., AdaptingLearner]] = {
@@ -45,16 +46,9 @@ ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
 of_every_method = pytest.mark.parametrize("method", METHODS)
 
 
-class Forgetful(Reptile):
-    """Adam starts anew with every task, so that a loss and its gradient can be asked for twice."""
-
-    def learn_besides(self, known: Any) -> None:
-        pass
-
-
 def with_network(method: str, network: Network, seed: int = 0, **options: Any) -> AdaptingLearner:
     """A learner in float64, every parameter random, also those of an LSTM."""
-    kind: Any = Forgetful if method == "reptile" else METHODS[method]
+    kind: Any = ForgetfulReptile if method == "reptile" else METHODS[method]
     learner = kind(network, **{"inner_steps": 2} | OPTIONS[method] | options).double()
     generator = torch.Generator().manual_seed(seed)
     for parameter in learner.parameters():

@@ -25,7 +25,7 @@ import metatutor
 from metatutor.backbones import ConvNet
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.learner import Learner
-from metatutor.optimization import MAML
+from metatutor.optimization import MAML, Reptile
 from metatutor.training import (
     CHECKPOINT,
     HISTORY_FIELDS,
@@ -99,6 +99,11 @@ def maml(seed: int = 0) -> MAML:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return MAML(ConvNet(3, filters=4, n_blocks=2, image_size=8))
+
+
+def reptile(seed: int = 0) -> Reptile:
+    """A learner that learns something besides its parameters."""
+    return Reptile(maml(seed).network, inner_lr=0.01)
 
 
 CONFIG = TrainConfig(iterations=10, tasks_per_step=2, warmup=3, log_every=4, checkpoint_every=3)
@@ -565,10 +570,11 @@ def train_slowly(folder: Path) -> None:
 def train_a_share(folder: Path) -> None:
     """One of two processes; the second starts elsewhere, and writes where nothing should be written."""
     rank, tasks = int(os.environ["RANK"]), set()
-    learner = maml(seed=rank).double()
+    learner, other = maml(seed=rank).double(), reptile(seed=rank).double()
     learner.meta_loss = lambda episode: tasks.add(len(episode)) or MAML.meta_loss(learner, episode)
     fit(learner, InDoublePrecision(sampler()), SPLIT, folder / f"of-{rank}")
-    torch.save(learner.state_dict(), folder / f"{rank}.pt")
+    fit(other, InDoublePrecision(sampler()), SPLIT)
+    torch.save([learner.state_dict(), other.state_dict()], folder / f"{rank}.pt")
     print("tasks a step:", *tasks)
     try:
         fit(learner, InDoublePrecision(sampler()), replace(SPLIT, tasks_per_step=3))
@@ -612,8 +618,8 @@ def test_interrupted_then_killed_then_finished_is_as_if_never_stopped(tmp_path: 
 
 
 def test_two_processes_with_half_the_tasks_each_are_one(tmp_path: Path):
-    whole = maml().double()
-    expected = fit(whole, InDoublePrecision(sampler()), SPLIT)
+    alone = [maml().double(), reptile().double()]
+    expected, _ = (fit(learner, InDoublePrecision(sampler()), SPLIT) for learner in alone)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -623,9 +629,9 @@ def test_two_processes_with_half_the_tasks_each_are_one(tmp_path: Path):
     for rank, output in enumerate(outputs):
         message = "tasks_per_step = 3 does not split among 2 processes; choose a multiple of 2"
         assert output.splitlines()[-2:] == ["tasks a step: 2", message], output
-        weights = torch.load(tmp_path / f"{rank}.pt")
-        for name, tensor in whole.state_dict().items():
-            assert torch.allclose(weights[name], tensor, rtol=1e-11, atol=1e-12), name
+        for learner, weights in zip(alone, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            for name, tensor in learner.state_dict().items():
+                assert torch.allclose(weights[name], tensor, rtol=1e-11, atol=1e-12), name
     assert [path.name for path in (tmp_path / "of-1").iterdir()] == []
     history = read_history(tmp_path / "of-0" / "history.csv")
     assert [row["iteration"] for row in history] == [2, 4, 6]
