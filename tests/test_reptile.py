@@ -179,7 +179,8 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
     labels = values // 10
     images = values.double().view(4, 15, 1, 1, 1).expand(4, 15, 1, 8, 8)
     learner = Watched(small().network, inner_steps=5, shots_per_step=shots_per_step)
-    learner.adapt(Episode(images, labels, images[:, :3], labels[:, :3], n_way))
+    episode = Episode(images, labels, images[:, :3], labels[:, :3], n_way)
+    learner.adapt(episode)
     assert len(learner.seen) == 5
     by_task: list[list[int]] = [[] for _ in range(4)]
     for batch in learner.seen:
@@ -191,6 +192,9 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
             by_task[task] += of_task
     for of_task in by_task:  # in five steps, every image was seen equally often
         assert sorted(of_task) == sorted(brightness[0] * shots)
+    learner.seen = []
+    learner.eval().adapt(episode)
+    assert all(torch.equal(batch.support_images, images) for batch in learner.seen)  # at the test, all of them
 
 
 @pytest.mark.parametrize("n_outputs", [1, 2])
@@ -223,7 +227,7 @@ def test_the_order_of_classes_does_not_matter_but_that_of_shots_does(random_epis
 
 def test_fifty_steps_at_the_test_by_default(random_episode: Episodes):
     episode, network = random_episode(k_shot=5), small().network
-    learner, longer = Reptile(network).eval(), Reptile(network, inner_steps=50).train()
+    learner, longer = Reptile(network).eval(), Reptile(network, inner_steps=50, shots_per_step=None).train()
     assert torch.equal(learner(episode), longer(episode))
     assert not torch.equal(learner.train()(episode), longer(episode))
 

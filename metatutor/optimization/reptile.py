@@ -63,10 +63,10 @@ class Reptile(AdaptingLearner):
     `initial - mean of adapted`. Query images are not used in training: give tasks of more shots instead.
 
     Inner loop: Adam without momentum, `p -= inner_lr * g / (sqrt(v / (1 - 0.999^t)) + 1e-8)`, where `v` decays by 0.999
-    and gains `0.001 * g^2`. A step sees `shots_per_step` images of each class, the next ones in turn. As in the
-    authors' code, Adam goes on where the tasks before have left it on the average, also at the test. Were it to start
-    anew with every task, its first steps would be of full length however small the gradient, and most of what Reptile
-    averages would be noise.
+    and gains `0.001 * g^2`. In training, a step sees `shots_per_step` images of each class, the next ones in turn; at
+    the test, where there are few, all. As in the authors' code, Adam goes on where the tasks before have left it on the
+    average, also at the test. Were it to start anew with every task, its first steps would be of full length however
+    small the gradient, and most of what Reptile averages would be noise.
 
     To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
     training is the same.
@@ -76,7 +76,7 @@ class Reptile(AdaptingLearner):
         inner_lr: of the inner Adam.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); None: `inner_steps`.
-        shots_per_step: support images of each class in a mini-batch; None: the whole support set.
+        shots_per_step: support images of each class in a mini-batch of training; None: the whole support set.
         compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
             memory, not of the result.
@@ -175,9 +175,9 @@ class Reptile(AdaptingLearner):
         return as_parameters(self.squares.expand(n_tasks, -1), parameters), self.filled
 
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
-        """The next shots of every class; after the last one, the first."""
-        n_support, shots, labels = episode.support_images.shape[1], self.config.shots_per_step, episode.support_labels
-        n_classes = episode.n_way
+        """In training, the next shots of every class; after the last one, the first."""
+        shots = self.config.shots_per_step if self.training else None
+        n_support, labels, n_classes = episode.support_images.shape[1], episode.support_labels, episode.n_way
         if labels.is_floating_point():  # a regression: one class, the points as they come
             n_classes, labels = 1, torch.zeros_like(labels[..., 0])
         k_shot = n_support // n_classes
