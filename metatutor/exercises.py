@@ -167,7 +167,7 @@ def check_meta_gradient_factor(answer: object, inner_lr: float, inner_steps: int
         inner_steps: how many.
 
     Returns:
-        A verdict; a hundred-thousandth away is right.
+        A verdict; a thousandth away is right.
 
     Example:
         >>> check_meta_gradient_factor(0.0625, inner_lr=0.5, inner_steps=2)
@@ -178,7 +178,7 @@ def check_meta_gradient_factor(answer: object, inner_lr: float, inner_steps: int
         left: "is first-order MAML's: it forgets that the steps pass on only a part of any change at the beginning.",
         1 - left: "is Reptile's: how far the steps lead.",
     }
-    return _number(answer, left**2, mistakes, within=1e-5)
+    return _number(answer, left**2, mistakes, within=1e-3)
 
 
 def check_strong_spring(answer: object) -> Verdict:
@@ -294,17 +294,22 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
         right: what must hold of it; None if the answer is a function that returns nothing yet.
 
     Returns:
-        A verdict that gives nothing away.
+        A verdict that gives nothing away; if the condition cannot even be tried on the answer, it names the error.
 
     Example:
         >>> check(2, lambda n: n**2 == 4)
         ✓ Right.
+        >>> check("two", lambda n: n**2 == 4)
+        ✗ Not yet: TypeError: unsupported operand type(s) for ** or pow(): 'str' and 'int'
         >>> check(..., lambda n: n**2 == 4)
         ✗ No answer yet: replace the dots and run the cell again.
     """
     if answer is ... or (isinstance(answer, tuple) and any(part is ... for part in answer)):
         return Verdict(False, _NOTHING_YET)
-    holds = right(answer)
+    try:
+        holds = right(answer)
+    except Exception as error:
+        return Verdict(False, f"Not yet: {type(error).__name__}: {error}")
     if holds is None:
         return Verdict(False, _NOTHING_YET)
     return Verdict(True, "Right.") if holds else Verdict(False, "Not yet. Open the hint, and try again.")

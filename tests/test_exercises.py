@@ -150,6 +150,7 @@ def test_a_condition_is_asked_only_of_an_answer():
     for nothing in (..., (1, ...)):
         assert "No answer yet" in repr(exercises.check(nothing, never)) and not exercises.check(nothing, never)
     assert exercises.check(3, lambda n: n == 3)
+    assert "TypeError" in repr(exercises.check("4", lambda n: n + 1)) and not exercises.check("4", lambda n: n + 1)
     assert "Not yet" in repr(exercises.check(4, lambda n: n == 3)) and not exercises.check(4, lambda n: n == 3)
 
 

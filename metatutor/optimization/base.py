@@ -127,7 +127,7 @@ class AdaptingLearner(NetworkLearner):
         return loss.detach(), list(torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True))
 
     def meta_parameters(self) -> list[Tensor]:
-        """What the outer loop learns."""
+        """What `meta_gradient` finds the gradient in."""
         return list(self.named_meta_parameters().values())
 
     def named_meta_parameters(self) -> Parameters:

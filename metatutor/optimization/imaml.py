@@ -82,10 +82,11 @@ class ImplicitMAML(AdaptingLearner):
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         proximity: strength of the pull towards the initial parameters (the paper's lambda).
-        cg_steps: steps of conjugate gradient; with 0 the meta-gradient is that of first-order MAML.
+        cg_steps: steps of conjugate gradient; with 0 the meta-gradient is the gradient where adaptation ends, as in
+            first-order MAML.
         cg_damping: added to `proximity` in the linear system only. The further adaptation is from rest, the less the
-            formula is true; the more damping, the less of it is taken, down to first-order MAML. The authors' code has
-            10.
+            formula is true; the more damping, the less of it is taken, down to first order. In the authors' code it
+            amounts to `proximity + 20`.
         compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
             memory, not of the result.

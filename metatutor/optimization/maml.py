@@ -92,12 +92,13 @@ class MAML(AdaptingLearner):
         first_order: leave the second derivatives out.
         adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
         learned_lr: whether the outer loop learns step sizes too: one for every `"parameter"` (Meta-SGD), or one for
-            every `"layer"` tensor and step (MAML++); a step of the test beyond those of training takes the last one's.
+            every tensor of a `"layer"` and every step (MAML++); a step of the test beyond those of training takes the
+            last one's.
         multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
             and moves within this many calls of `meta_loss` to that after the last one (MAML++).
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
-            its gradient is due, with fewer tasks side by side the more steps there are: memory that does not grow with
-            the steps, for the time of one more pass each.
+            its gradient is due, for the time of one more pass each. On a CPU, fewer tasks go side by side the more
+            steps there are, so that memory does not grow with them.
         compile: whether `meta_loss` is compiled, which takes a minute or more at the first call.
         tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and the two before are a matter of
             speed and memory, not of the result.
