@@ -124,6 +124,45 @@ def test_a_quadratic_against_the_closed_form(proximity: float, cg_damping: float
     assert close(gradient_of(learner, episode), gradient)
 
 
+def inner_problem(learner: ImplicitMAML, episode: Episode, parameters: Parameters) -> Tensor:
+    """What adaptation is to make small, for each task, one task and one parameter at a time."""
+    found = []
+    for task in range(len(episode)):
+        of_task = {n: p[task] for n, p in parameters.items()}
+        outputs = functional_call(learner.network, of_task, (episode.support_images[task],))
+        squares = [((p - of_task[n]) ** 2).sum() for n, p in learner.network.named_parameters()]
+        spring = learner.config.proximity / 2 * torch.stack(squares).sum()
+        found.append(learner.loss(outputs, episode.support_labels[task]) + spring)
+    return torch.stack(found).detach()
+
+
+@pytest.mark.parametrize("inner_lr", [0.15, 0.7, 40.0])
+def test_steps_that_lead_up_are_halved(inner_lr: float):
+    """Gradient descent with a rate of 40 would be far away after two steps; the minimum is reached all the same."""
+    learner, episode = linear(inner_lr=inner_lr), regression()
+    path = learner.adaptation_path(episode)
+    heights = torch.stack([inner_problem(learner, episode, parameters) for parameters in path])  # [step, task]
+    assert (heights.diff(dim=0) < 1e-12).all()
+    adapted, gradient = closed_form(learner, episode)
+    assert close(torch.cat([p.flatten(1) for p in path[-1].values()], dim=1), adapted, 1e-3)
+    assert close(gradient_of(learner, episode), gradient, 1e-3)
+    stayed = (heights.diff(dim=0) == 0).sum(0)  # a task that halves does not make another one halve
+    alone = [
+        torch.stack([inner_problem(learner, one, p) for p in learner.adaptation_path(one)])[:, 0]
+        for one in (episode.task(i) for i in range(len(episode)))
+    ]
+    assert torch.allclose(torch.stack(alone, dim=1), heights, atol=1e-12)
+    assert inner_lr < 1 or (stayed >= 4).all()
+
+
+def test_a_step_to_nowhere_is_not_taken():
+    learner, episode = linear(inner_lr=1e200, inner_steps=3), regression()
+    assert all(
+        torch.equal(p, q.expand_as(p))
+        for p, q in zip(learner.adapt(episode).values(), learner.network.parameters(), strict=True)
+    )
+
+
 def test_with_much_damping_first_order_is_left():
     first_order, damped = linear(cg_steps=0), linear(cg_damping=1e9)
     assert close(gradient_of(damped, regression()), gradient_of(first_order, regression()), 1e-6)

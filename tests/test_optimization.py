@@ -404,7 +404,7 @@ def test_same_seed_same_weights(class_images: Callable[..., ClassImages], method
     ("method", "losses"),  # after 10 and 20 steps
     [
         ("reptile", [1.864812995674105, 1.9128045470401105]),
-        ("imaml", [0.782828507783036, 0.7383810475480751]),
+        ("imaml", [0.782828507783036, 0.7285959699142175]),
         ("meta_lstm", [0.874564614156119, 0.7504023244501719]),
     ],
 )

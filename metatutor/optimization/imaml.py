@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from metatutor.backbones import Network
@@ -71,14 +71,17 @@ class ImplicitMAML(AdaptingLearner):
     """Adapts within reach of the initial parameters, and differentiates the outcome instead of the way to it.
 
     Inner problem of each task: `adapted = argmin over p of support_loss(p) + proximity / 2 * |p - initial|^2`, by
-    `inner_steps` steps of gradient descent. Where that is solved, `initial = adapted + grad(support_loss)(adapted) /
-    proximity`, so that `d adapted / d initial = (I + H / proximity)^-1` with `H` the Hessian of the support loss there,
-    and the meta-gradient is `(I + H / proximity)^-1 grad(query_loss)(adapted)`: a linear system, solved by `cg_steps`
-    of conjugate gradient, each of which needs one product of `H` with a vector. Nothing of the inner steps is kept.
+    `inner_steps` steps of gradient descent. A step that would lead up is not taken, and the task's next ones are half
+    as long: no gradient tells the outer loop when its steps become too long.
+
+    Where the inner problem is solved, `initial = adapted + grad(support_loss)(adapted) / proximity`, so that
+    `d adapted / d initial = (I + H / proximity)^-1` with `H` the Hessian of the support loss there, and the
+    meta-gradient is `(I + H / proximity)^-1 grad(query_loss)(adapted)`: a linear system, solved by `cg_steps` of
+    conjugate gradient, each of which needs one product of `H` with a vector. Nothing of the inner steps is kept.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
-        inner_lr: step size of the inner gradient descent.
+        inner_lr: step size of the inner gradient descent, at first.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         proximity: strength of the pull towards the initial parameters (the paper's lambda).
@@ -136,11 +139,21 @@ class ImplicitMAML(AdaptingLearner):
         )
 
     def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
-        """One step down the support loss and back towards the initial parameters, which the memory holds."""
-        initial = memory or parameters
-        _, gradients = self.support_gradients(parameters, episode)
-        pulls = {n: gradients[n] + self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
-        return {n: p - self.config.inner_lr * pulls[n] for n, p in parameters.items()}, initial
+        """One step down the support loss and back towards the initial parameters, by the tasks that it leads down."""
+        initial, rates = memory or (parameters, episode.support_images.new_full((len(episode),), self.config.inner_lr))
+        losses, gradients = self.support_gradients(parameters, episode)
+        stretched = {n: self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
+        tried = {n: p - like(rates, p) * (gradients[n] + stretched[n]) for n, p in parameters.items()}
+        before = losses + self.stretch(parameters, initial)
+        rounding = 100 * torch.finfo(before.dtype).eps * before.abs()
+        down = self.support_losses(episode, tried) + self.stretch(tried, initial) <= before + rounding
+        moved = {n: torch.where(like(down, p), tried[n], p) for n, p in parameters.items()}
+        return moved, (initial, torch.where(down, rates, rates / 2))
+
+    def stretch(self, parameters: Parameters, initial: Parameters) -> Float[Tensor, " task"]:
+        """What the spring between the initial and the given parameters adds to each task's inner problem."""
+        squares = [(p - initial[n]).pow(2).flatten(1).sum(1) for n, p in parameters.items()]
+        return self.config.proximity / 2 * torch.stack(squares).sum(0)
 
     def meta_gradient(
         self, episode: Episode, weights: Float[Tensor, " step"] | None = None
@@ -169,6 +182,11 @@ class ImplicitMAML(AdaptingLearner):
         solution = conjugate_gradient(product, as_vectors(of_query), self.config.cg_steps)
         wanted = {n for n, p in self.network.named_parameters() if p.requires_grad}
         return loss.detach(), [piece.sum(0) for n, piece in as_parameters(solution, adapted).items() if n in wanted]
+
+
+def like(of_tasks: Shaped[Tensor, " task"], parameter: Tensor) -> Tensor:
+    """One number a task, in the shape that multiplies its parameter."""
+    return of_tasks.view(-1, *[1] * (parameter.dim() - 1))
 
 
 def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, steps: int) -> Vectors:
