@@ -85,6 +85,15 @@ def test_one_weight_by_hand():
     assert gradient_of(ImplicitMAML(network, cg_steps=0, **options), episode).item() == pytest.approx(-2 / 3)
 
 
+def test_a_parameter_without_axes():
+    one = torch.ones(2, 1, 1, dtype=torch.float64)
+    scalar = OneWeight(0.0)
+    scalar.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    learner = ImplicitMAML(scalar, inner_lr=3.0, inner_steps=60, proximity=2.0)  # (p - 1)^2 + p^2: at the middle
+    found = learner.adapt(Episode(one, one, one, one, n_way=1))["weight"]
+    assert torch.allclose(found, torch.full((2,), 0.5).double(), atol=1e-6)
+
+
 class OneWeight(MLP):
     def __init__(self, weight: float) -> None:
         super().__init__(1, 1, hidden=())

@@ -152,8 +152,8 @@ class ImplicitMAML(AdaptingLearner):
 
     def stretch(self, parameters: Parameters, initial: Parameters) -> Float[Tensor, " task"]:
         """What the spring between the initial and the given parameters adds to each task's inner problem."""
-        squares = [(p - initial[n]).pow(2).flatten(1).sum(1) for n, p in parameters.items()]
-        return self.config.proximity / 2 * torch.stack(squares).sum(0)
+        moved = as_vectors(p - initial[n] for n, p in parameters.items())
+        return self.config.proximity / 2 * moved.pow(2).sum(1)
 
     def meta_gradient(
         self, episode: Episode, weights: Float[Tensor, " step"] | None = None
