@@ -194,6 +194,7 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
         assert sorted(of_task) == sorted(brightness[0] * shots)
     learner.seen = []
     learner.eval().adapt(episode)
+    assert len(learner.seen) == 50
     assert all(torch.equal(batch.support_images, images) for batch in learner.seen)  # at the test, all of them
 
 

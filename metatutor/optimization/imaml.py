@@ -142,8 +142,8 @@ class ImplicitMAML(AdaptingLearner):
         """One step down the support loss and back towards the initial parameters, by the tasks that it leads down."""
         initial, rates = memory or (parameters, episode.support_images.new_full((len(episode),), self.config.inner_lr))
         losses, gradients = self.support_gradients(parameters, episode)
-        stretched = {n: self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
-        tried = {n: p - like(rates, p) * (gradients[n] + stretched[n]) for n, p in parameters.items()}
+        pulls = {n: gradients[n] + self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
+        tried = {n: p - like(rates, p) * pulls[n] for n, p in parameters.items()}
         before = losses + self.stretch(parameters, initial)
         rounding = 100 * torch.finfo(before.dtype).eps * before.abs()
         down = self.support_losses(episode, tried) + self.stretch(tried, initial) <= before + rounding

@@ -66,7 +66,7 @@ class Reptile(AdaptingLearner):
     and gains `0.001 * g^2`. In training, a step sees `shots_per_step` images of each class, the next ones in turn; at
     the test, where there are few, all. As in the authors' code, Adam goes on where the tasks before have left it on the
     average, also at the test. Were it to start anew with every task, its first steps would be of full length however
-    small the gradient, and most of what Reptile averages would be noise.
+    small the gradient, also where there is nothing but noise to follow.
 
     To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
     training is the same.
