@@ -6,6 +6,7 @@ from metatutor.data import Omniglot, Splits, Strokes
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate
 from metatutor.learner import Learner
+from metatutor.memory import MANN, SNAIL, FeedForward, MetaNet, PlainLSTM
 from metatutor.metric import Matching, Prototypical, Relation, Siamese
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.recording import load_run, run_names
@@ -15,19 +16,24 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MAML",
+    "MANN",
     "MLP",
+    "SNAIL",
     "ClassImages",
     "ConvNet",
     "Episode",
     "EpisodeSampler",
     "EpisodeSpec",
     "Evaluation",
+    "FeedForward",
     "ImplicitMAML",
     "Learner",
     "Matching",
     "MetaLSTM",
+    "MetaNet",
     "NearestPixels",
     "Omniglot",
+    "PlainLSTM",
     "PretrainedCosine",
     "PretrainedFinetuned",
     "Prototypical",

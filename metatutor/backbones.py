@@ -44,6 +44,65 @@ class Network(nn.Module):
         return self.normalization == "batch"
 
 
+class Embedding(Network):
+    """A network that can also say what enters its last layer.
+
+    Attributes:
+        embedding_size: length of an embedding.
+
+    Example:
+        >>> isinstance(ConvNet(), Embedding) and isinstance(Pixels(), Embedding)
+        True
+
+    Reference:
+        Vinyals et al. (2016), section 2.1.1.
+    """
+
+    embedding_size: int
+
+    def embed(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n embedding"]:
+        """What enters the last layer, or leaves the network if there is none."""
+        raise NotImplementedError
+
+
+class Pixels(Embedding):
+    """No network: the pixels of a smaller copy of the image, in a row.
+
+    Args:
+        size: height and width of the copy in pixels.
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: if a size is not positive.
+
+    Example:
+        >>> Pixels(20)(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 400])
+
+    Reference:
+        Santoro et al. (2016), section 4.1: characters of 20×20 pixels.
+    """
+
+    def __init__(self, size: int = 20, *, in_channels: int = 1) -> None:
+        super().__init__()
+        _check_sizes(size=size, in_channels=in_channels)
+        self.n_outputs, self.size, self.embedding_size = None, size, in_channels * size * size
+
+    def embed(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n embedding"]:
+        """The pixels, each averaged over what it covers."""
+        return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).flatten(1)
+
+    def forward(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n embedding"]:
+        """The pixels, which are the embedding too."""
+        return self.embed(images)
+
+
 class MLP(Network):
     """Fully connected layers with ReLU between them, for inputs that are not images.
 
@@ -78,7 +137,7 @@ class MLP(Network):
         return self.head(inputs)
 
 
-class ConvNet(Network):
+class ConvNet(Embedding):
     """Blocks of convolution, normalisation and ReLU, each halving the image, then fully connected layers.
 
     With its defaults this is the Conv-4 of the MAML paper's Omniglot experiment; `hidden=(256,)` gives the

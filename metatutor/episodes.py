@@ -204,6 +204,8 @@ class EpisodeSampler:
         Vinyals et al. (2016), section 4.1.
     """
 
+    in_random_order = False
+
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
         drawings = classes.images.shape[1]
         if spec.n_way > len(classes.names):
@@ -231,28 +233,54 @@ class EpisodeSampler:
         if n_tasks < 1:
             raise ValueError(f"n_tasks must be positive, got {n_tasks}")
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
-        classes, drawings = self._draw(n_tasks)
+        classes, drawings, order = self._draw(n_tasks)
         pixels = self.classes.take(classes, drawings)  # [task, way, shot, channel, height, width]
         support, query = (part.flatten(1, 2).float().div_(255) for part in pixels.split([k_shot, n_query], dim=2))
         labels = torch.arange(n_way, device=pixels.device)
-        episode = Episode(
-            support,
-            labels.repeat_interleave(k_shot).repeat(n_tasks, 1),
-            query,
-            labels.repeat_interleave(n_query).repeat(n_tasks, 1),
-            n_way,
-        )
-        return episode, classes
+        support_labels = labels.repeat_interleave(k_shot).repeat(n_tasks, 1)
+        if order is not None:
+            tasks, order = torch.arange(n_tasks, device=pixels.device)[:, None], order.to(pixels.device)
+            support, support_labels = support[tasks, order], support_labels[tasks, order]
+        query_labels = labels.repeat_interleave(n_query).repeat(n_tasks, 1)
+        return Episode(support, support_labels, query, query_labels, n_way), classes
 
-    def _draw(self, n_tasks: int) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"]]:
-        """Distinct classes of each task and distinct drawings of each class, in random order."""
+    def _draw(
+        self, n_tasks: int
+    ) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"], Int64[Tensor, "task support"] | None]:
+        """Distinct classes of each task, distinct drawings of each class, in random order; the order of the support."""
         n_drawn, n_drawings = self.classes.images.shape[:2]
         n_way, n_shots = self.spec.n_way, self.spec.k_shot + self.spec.n_query
+        n_order = n_way * self.spec.k_shot if self.in_random_order else 0
         # one row of random keys a task, so that a task does not depend on how many are drawn at once
-        keys = torch.rand(
-            n_tasks, n_drawn + n_way * (1 + n_drawings), dtype=torch.float64, generator=self.generator
-        ).split([n_drawn, n_way, n_way * n_drawings], dim=1)
+        sizes = [n_drawn, n_way, n_way * n_drawings, n_order]
+        keys = torch.rand(n_tasks, sum(sizes), dtype=torch.float64, generator=self.generator).split(sizes, dim=1)
         classes = keys[0].topk(n_way).indices
         if self.classes.rotations:
             classes = classes * 4 + (keys[1] * 4).long()
-        return classes, keys[2].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices
+        drawings = keys[2].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices
+        return classes, drawings, keys[3].argsort() if n_order else None
+
+
+class StreamSampler(EpisodeSampler):
+    """Draws the same tasks with their support images in random order, for methods that read them one after another.
+
+    A stream that comes sorted by class gives its labels away: after one image of class 0 the next is of class 0 too.
+
+    Args:
+        classes: where the images come from.
+        spec: the shape of the tasks; the stream has `n_way * k_shot` images.
+        seed: where the stream of tasks begins.
+
+    Raises:
+        ValueError: as `EpisodeSampler`.
+
+    Example:
+        >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
+        >>> StreamSampler(classes, EpisodeSpec(5, 10, 1), seed=0).sample(16).support_images.shape
+        torch.Size([16, 50, 1, 28, 28])
+
+    Reference:
+        Santoro et al. (2016), section 2.2.
+    """
+
+    in_random_order = True

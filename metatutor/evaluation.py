@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metatutor.data import Sinusoids, SinusoidSampler
 from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
 from metatutor.learner import Learner
+from metatutor.memory.stream import StreamLearner
 from metatutor.optimization.base import AdaptingLearner
 
 
@@ -120,7 +122,7 @@ def evaluate(
     if n_episodes < 2:
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
     of_tasks = accuracies(
-        learner, EpisodeSampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch
+        learner, learner.test_sampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch
     )
     return Evaluation(
         accuracy=of_tasks.mean().item(),
@@ -133,6 +135,151 @@ def evaluate(
         seed=seed,
         normalization=learner.normalization,
         transductive=learner.transductive,
+    )
+
+
+@dataclass(frozen=True)
+class ByInstance:
+    """Mean accuracy on the first, second, … image of a class in a stream, with 95% confidence intervals.
+
+    Args:
+        accuracy_by_instance: of the images of each class that come first, second, …, 0 to 1.
+        ci95_by_instance: half the widths of the intervals: as for `Evaluation`, over streams.
+        n_episodes: streams evaluated.
+        n_way, k_shot: classes of a stream, and images of each.
+        split, seed, normalization, transductive: see `Evaluation`.
+
+    Example:
+        >>> print(ByInstance([0.36, 0.83, 0.91], [0.01, 0.02, 0.01], 100, 5, 3, "random-0/test", 0, "none", False))
+        1st 36.0 ± 1.0%, 2nd 83.0 ± 2.0%, 3rd 91.0 ± 1.0%
+
+    Reference:
+        Santoro et al. (2016), table 1.
+    """
+
+    accuracy_by_instance: list[float]
+    ci95_by_instance: list[float]
+    n_episodes: int
+    n_way: int
+    k_shot: int
+    split: str
+    seed: int
+    normalization: str
+    transductive: bool
+
+    def __str__(self) -> str:
+        shown = sorted({1, 2, 5, self.k_shot} & set(range(1, self.k_shot + 1)))
+        return ", ".join(f"{ordinal(i)} {self.cell(i)}" for i in shown)
+
+    def cell(self, instance: int) -> str:
+        """The accuracy on an instance, counted from 1, with its interval."""
+        accuracy, ci95 = self.accuracy_by_instance[instance - 1], self.ci95_by_instance[instance - 1]
+        return f"{100 * accuracy:.1f} ± {100 * ci95:.1f}%"
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, …, for numbers up to 20."""
+    return str(number) + {1: "st", 2: "nd", 3: "rd"}.get(number, "th")
+
+
+def instances(labels: Int[Tensor, "task time"], n_way: int) -> Int[Tensor, "task time"]:
+    """How many images of the same class came before each image of a stream.
+
+    Args:
+        labels: of the stream.
+        n_way: classes in a task.
+
+    Example:
+        >>> instances(torch.tensor([[1, 0, 1, 1, 0]]), n_way=2).tolist()
+        [[0, 0, 1, 2, 1]]
+    """
+    members = F.one_hot(labels, n_way)
+    return (members.cumsum(1) * members).sum(-1) - 1
+
+
+def instance_accuracies(
+    learner: StreamLearner, sampler: EpisodeSampler, n_episodes: int, *, tasks_per_batch: int = 32
+) -> Float[Tensor, "task instance"]:
+    """The accuracy on the first, second, … images of the classes, in each of the sampler's next streams.
+
+    Args:
+        learner: its device is where the streams go.
+        sampler: draws them; every class has `k_shot` images in a stream.
+        n_episodes: how many.
+        tasks_per_batch: streams answered side by side.
+
+    Returns:
+        Means over the classes, from 0 to 1, on the CPU.
+    """
+    device, k_shot = next(p.device for p in learner.parameters()), sampler.spec.k_shot
+    was_training = learner.training
+    learner.eval()
+    of_batches = []
+    try:
+        with torch.no_grad():
+            for start in range(0, n_episodes, tasks_per_batch):
+                episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
+                correct = learner.stream_answers(episode) == episode.support_labels  # [task, time]
+                which = F.one_hot(instances(episode.support_labels, episode.n_way), k_shot)  # [task, time, instance]
+                of_batches.append((correct[..., None] * which).double().sum(1).cpu() / episode.n_way)
+    finally:
+        learner.train(was_training)
+    return torch.cat(of_batches)
+
+
+def evaluate_stream(
+    learner: StreamLearner,
+    classes: ClassImages,
+    spec: EpisodeSpec,
+    *,
+    n_episodes: int = 1000,
+    seed: int = 0,
+    split: str = "",
+    tasks_per_batch: int = 32,
+) -> ByInstance:
+    """Evaluate a learner on streams: every image is asked, then told one step later.
+
+    Args:
+        learner: in any mode; it is evaluated in evaluation mode and its mode restored.
+        classes: where the streams are drawn from.
+        spec: `n_way` classes of a stream with `k_shot` images each; its query images take no part.
+        n_episodes: how many; at least 2.
+        seed: of the sequence of streams.
+        split: a name for the classes, for the record.
+        tasks_per_batch: streams answered side by side.
+
+    Returns:
+        The mean accuracies by instance with their intervals.
+
+    Raises:
+        ValueError: if there are fewer than 2 episodes, or the classes are too few for the spec.
+
+    Example:
+        >>> from metatutor import ConvNet, Strokes
+        >>> from metatutor.memory import PlainLSTM
+        >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().test
+        >>> learner = PlainLSTM(ConvNet(filters=4))
+        >>> len(evaluate_stream(learner, classes, EpisodeSpec(5, 3, 1), n_episodes=10).accuracy_by_instance)
+        3
+
+    Reference:
+        Santoro et al. (2016), section 4.1.
+    """
+    if n_episodes < 2:
+        raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
+    found = instance_accuracies(
+        learner, learner.test_sampler(classes, spec, seed=seed), n_episodes, tasks_per_batch=tasks_per_batch
+    )
+    return ByInstance(
+        found.mean(0).tolist(),
+        [confidence95(instance) for instance in found.T],
+        n_episodes,
+        spec.n_way,
+        spec.k_shot,
+        split,
+        seed,
+        learner.normalization,
+        learner.transductive,
     )
 
 

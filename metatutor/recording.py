@@ -22,12 +22,23 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from metatutor.backbones import MLP, ConvNet, Normalization, Pooling
+from metatutor.backbones import MLP, ConvNet, Normalization, Pixels, Pooling
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
 from metatutor.data import Omniglot, Sinusoids, Splits, Strokes
 from metatutor.episodes import ClassImages, EpisodeSpec
-from metatutor.evaluation import Evaluation, Regression, accuracies, evaluate, evaluate_regression
+from metatutor.evaluation import (
+    ByInstance,
+    Evaluation,
+    Regression,
+    accuracies,
+    evaluate,
+    evaluate_regression,
+    evaluate_stream,
+    instance_accuracies,
+)
 from metatutor.learner import Learner
+from metatutor.memory import FeedForwardConfig, MANNConfig, MetaNetConfig, PlainLSTMConfig, SNAILConfig
+from metatutor.memory.stream import StreamLearner
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import ImplicitMAMLConfig, MAMLConfig, MetaLSTMConfig, ReptileConfig
 from metatutor.optimization.base import AdaptingLearner
@@ -51,6 +62,11 @@ LearnerConfig = Annotated[
     | MatchingConfig
     | RelationConfig
     | SiameseConfig
+    | MANNConfig
+    | PlainLSTMConfig
+    | FeedForwardConfig
+    | MetaNetConfig
+    | SNAILConfig
     | ScratchConfig
     | PretrainedFinetunedConfig
     | PretrainedCosineConfig
@@ -58,6 +74,8 @@ LearnerConfig = Annotated[
     Field(discriminator="method"),
 ]
 _ONE_HEAD = MAMLConfig | ReptileConfig | ImplicitMAMLConfig | MetaLSTMConfig | ScratchConfig  # for so many ways only
+_STREAM = MANNConfig | PlainLSTMConfig | FeedForwardConfig
+_READS_LABELS = _STREAM | MetaNetConfig | SNAILConfig  # of so many classes only
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluation.json")
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training and test
 
@@ -173,6 +191,30 @@ class MLPConfig:
 
 
 @dataclass(frozen=True)
+class PixelsConfig:
+    """The arguments of `Pixels` that a run chooses.
+
+    Args:
+        kind: the tag of this embedding in `config.json`.
+        size: see `Pixels`.
+
+    Example:
+        >>> PixelsConfig().build(None).embedding_size
+        400
+
+    Reference:
+        See `Pixels`.
+    """
+
+    kind: Literal["pixels"] = "pixels"
+    size: int = 20
+
+    def build(self, n_outputs: int | None) -> Pixels:
+        """The embedding, which has no last layer."""
+        return Pixels(self.size)
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """How a run is tested.
 
@@ -181,6 +223,7 @@ class EvaluationConfig:
         n_episodes: tasks.
         seed: of the stream of tasks.
         n_way, k_shot: the shape of the tasks; default: that of training.
+        stream: whether the support set is a stream, every image of which is asked before its label is told.
 
     Raises:
         ValueError: if a size is too small.
@@ -198,6 +241,7 @@ class EvaluationConfig:
     seed: int = 0
     n_way: int | None = None
     k_shot: int | None = None
+    stream: bool = False
 
     def __post_init__(self) -> None:
         if self.n_query < 1 or self.n_episodes < 2:
@@ -232,7 +276,7 @@ class RunConfig:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     learner: LearnerConfig = field(default_factory=MAMLConfig)
-    network: tyro.conf.AvoidSubcommands[NetworkConfig | MLPConfig] = field(default_factory=NetworkConfig)
+    network: tyro.conf.AvoidSubcommands[NetworkConfig | MLPConfig | PixelsConfig] = field(default_factory=NetworkConfig)
     data: tyro.conf.AvoidSubcommands[DataConfig | SinusoidsConfig] = field(default_factory=DataConfig)
     n_way: int = 5
     k_shot: int = 1
@@ -244,6 +288,15 @@ class RunConfig:
         n_way = self.evaluation.n_way
         if self.regression != isinstance(self.network, MLPConfig):
             raise ValueError("sinusoids need a network of kind 'mlp', and images need a ConvNet")
+        if self.evaluation.stream and not isinstance(self.learner, _STREAM):
+            raise ValueError(f"{self.learner.method} answers no stream; leave evaluation.stream out")
+        if isinstance(self.network, PixelsConfig) and not isinstance(self.learner, _READS_LABELS):
+            raise ValueError(f"{self.learner.method} needs a network that learns; leave out kind 'pixels'")
+        if isinstance(self.learner, _READS_LABELS) and {self.learner.n_way, n_way or self.n_way} != {self.n_way}:
+            raise ValueError(
+                f"learner.n_way = {self.learner.n_way}, n_way = {self.n_way}, evaluation.n_way = {n_way}: "
+                f"{self.learner.method} reads labels of so many classes only; let them agree"
+            )
         if isinstance(self.learner, _ONE_HEAD) and n_way not in (None, self.n_way):
             raise ValueError(
                 f"evaluation.n_way = {n_way} but a last layer for n_way = {self.n_way} classes; "
@@ -389,7 +442,7 @@ def run_folder(name: str, results: Path | None = None) -> Path:
     return folder
 
 
-def recorded_accuracy(folder: Path) -> Evaluation | Regression | None:
+def recorded_accuracy(folder: Path) -> Evaluation | ByInstance | Regression | None:
     """The evaluation recorded in a run's folder, if there is one."""
     path = folder / "evaluation.json"
     if not path.exists():
@@ -397,6 +450,8 @@ def recorded_accuracy(folder: Path) -> Evaluation | Regression | None:
     recorded = json.loads(path.read_text())
     if "mse_by_step" in recorded:
         return Regression(**{f.name: recorded[f.name] for f in fields(Regression)})
+    if "accuracy_by_instance" in recorded:
+        return ByInstance(**{f.name: recorded[f.name] for f in fields(ByInstance)})
     return Evaluation(**{f.name: recorded[f.name] for f in fields(Evaluation)})
 
 
@@ -468,7 +523,7 @@ def run_training(
     data: Path | str | None = None,
     device: str | None = None,
     progress_bar: bool = True,
-) -> Evaluation | Regression:
+) -> Evaluation | ByInstance | Regression:
     """Train and evaluate a configuration; a run killed before goes on where its last checkpoint stood.
 
     Args:
@@ -496,7 +551,7 @@ def run_training(
             sampler,
             config.train,
             folder=folder,
-            validate=_validation(splits.validation, config.validation_spec),
+            validate=_validation(splits.validation, config),
             device=device,
             progress_bar=progress_bar,
         )
@@ -517,7 +572,7 @@ def evaluate_learner(
     *,
     split: Literal["test", "validation"] = "test",
     n_episodes: int | None = None,
-) -> Evaluation | Regression:
+) -> Evaluation | ByInstance | Regression:
     """Evaluate a learner as its configuration says, on the meta-test (or meta-validation) classes or waves."""
     source, test, spec = getattr(splits, split), config.evaluation, config.test_spec
     n_episodes = n_episodes or test.n_episodes
@@ -525,6 +580,8 @@ def evaluate_learner(
         seed = test.seed if split == "test" else _VALIDATION_SEED
         return evaluate_regression(learner, source, spec, n_episodes=n_episodes, seed=seed)
     name = f"{splits.id}/{split}"
+    if test.stream and isinstance(learner, StreamLearner):
+        return evaluate_stream(learner, source, spec, n_episodes=n_episodes, seed=test.seed, split=name)
     return evaluate(learner, source, spec, n_episodes=n_episodes, seed=test.seed, split=name)
 
 
@@ -541,13 +598,20 @@ def _claim(folder: Path, config: RunConfig) -> None:
         raise ValueError(f"cannot write to {folder}: {error.strerror}; choose a folder you may write to") from None
 
 
-def _validation(source: ClassImages | Sinusoids, spec: EpisodeSpec) -> Callable[[Learner], float] | None:
+def _validation(source: ClassImages | Sinusoids, config: RunConfig) -> Callable[[Learner], float] | None:
     if isinstance(source, Sinusoids):
         return None
-    return lambda learner: accuracies(learner, source.sampler(spec, seed=_VALIDATION_SEED), 200).mean().item()
+
+    def validate(learner: Learner) -> float:
+        sampler = learner.test_sampler(source, config.validation_spec, seed=_VALIDATION_SEED)
+        if config.evaluation.stream and isinstance(learner, StreamLearner):
+            return instance_accuracies(learner, sampler, 200).mean().item()
+        return accuracies(learner, sampler, 200).mean().item()
+
+    return validate
 
 
-def _record(evaluation: Evaluation | Regression, learner: Learner, folder: Path) -> dict[str, Any]:
+def _record(evaluation: Evaluation | ByInstance | Regression, learner: Learner, folder: Path) -> dict[str, Any]:
     history = read_history(folder / "history.csv") if (folder / "history.csv").exists() else []
     return asdict(evaluation) | {
         "train_seconds": round(history[-1]["seconds"], 1) if history else 0.0,

@@ -13,9 +13,8 @@ from torch.func import functional_call
 
 from metatutor.backbones import MLP, ConvNet
 from metatutor.episodes import Episode
-from metatutor.learner import Parameters
+from metatutor.learner import Parameters, preprocess
 from metatutor.optimization import MetaLSTM
-from metatutor.optimization.meta_lstm import preprocess
 
 Episodes = Callable[..., Episode]
 

@@ -15,9 +15,10 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
+from metatutor import learner as learner_module
 from metatutor.backbones import ConvNet, Normalization
 from metatutor.episodes import Episode
-from metatutor.metric import Matching, Prototypical, Relation, Siamese, base, relation
+from metatutor.metric import Matching, Prototypical, Relation, Siamese, relation
 from metatutor.metric.base import MetricLearner
 from metatutor.training import TrainConfig, train
 
@@ -192,8 +193,8 @@ def test_tasks_side_by_side_are_tasks_in_turn(name: str, normalization: Normaliz
     """What a GPU does, and what a CPU does."""
     method, tasks = learner(name, normalization), episode(3)
     in_turn, loss = method(tasks), method.meta_loss(tasks)
-    side_by_side = partial(base.each_task, side_by_side=True)
-    monkeypatch.setattr(base, "each_task", side_by_side)
+    side_by_side = partial(learner_module.each_task, side_by_side=True)
+    monkeypatch.setattr(learner_module, "each_task", side_by_side)
     monkeypatch.setattr(relation, "each_task", side_by_side)
     assert close(method(tasks), in_turn)
     assert close(method.meta_loss(tasks), loss)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
-from metatutor.metric.base import Logits, MetricLearner, SupportLabels, check_finetuning, of_other_classes
+from metatutor.learner import check_finetuning
+from metatutor.metric.base import Logits, MetricLearner, SupportLabels, of_other_classes
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Matching(MetricLearner):
         scale: of the cosines. The paper has 1, which leaves even a perfect match unsure of itself.
         full_context: whether to use full-context embeddings.
         reading_steps: of the LSTM that embeds a query with full context.
-        finetune_steps: see `MetricLearner`.
-        finetune_lr: see `MetricLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
-from metatutor.metric.base import Logits, MetricLearner, check_finetuning, class_means
+from metatutor.learner import check_finetuning
+from metatutor.metric.base import Logits, MetricLearner, class_means
 
 Distance = Literal["squared", "euclidean", "cosine"]
 
@@ -63,8 +64,8 @@ class Prototypical(MetricLearner):
     Args:
         network: the embedding `f`; a last layer, if it has one, is not used.
         distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
-        finetune_steps: see `MetricLearner`.
-        finetune_lr: see `MetricLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode
-from metatutor.metric.base import Logits, MetricLearner, check_finetuning, each_task
+from metatutor.learner import check_finetuning, each_task
+from metatutor.metric.base import Logits, MetricLearner
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Relation(MetricLearner):
         loss: `"mse"` as in the paper, or `"cross-entropy"` over the classes.
         over_shots: `"mean"`, with which the number of shots may change after training, or `"sum"` as in the paper, with
             which it may not: five shots then make feature maps five times as large as one. With one shot they agree.
-        finetune_steps: see `MetricLearner`.
-        finetune_lr: see `MetricLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
 
     Raises:
         ValueError: if an argument is out of range, or the feature maps are too small.

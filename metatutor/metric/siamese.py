@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
 from metatutor.episodes import Episode
-from metatutor.metric.base import Logits, MetricLearner, check_finetuning, of_other_classes
+from metatutor.learner import check_finetuning
+from metatutor.metric.base import Logits, MetricLearner, of_other_classes
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Siamese(MetricLearner):
 
     Args:
         network: the embedding `f`; a last layer, if it has one, is not used.
-        finetune_steps: see `MetricLearner`.
-        finetune_lr: see `MetricLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
 
     Raises:
         ValueError: if an argument is out of range.

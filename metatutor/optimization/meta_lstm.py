@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.learner import Loss, Parameters
+from metatutor.learner import Loss, Parameters, preprocess
 from metatutor.optimization.base import AdaptingLearner, as_parameters, as_vectors, check_inner_loop
 
 
@@ -137,27 +135,3 @@ class MetaLSTM(AdaptingLearner):
 
     def _gate(self, gate: nn.Module, h: Tensor, cell: Tensor, before: Tensor) -> Tensor:
         return gate(torch.cat([h, cell[:, None], before[:, None]], dim=1)).squeeze(1).sigmoid()
-
-
-def preprocess(values: Float[Tensor, " n"], p: float = 10.0) -> Float[Tensor, "n 2"]:
-    """Size and sign of numbers of any magnitude: `(log|x| / p, sign(x))`, or `(-1, e^p x)` where `|x| < e^-p`.
-
-    Args:
-        values: gradients or losses.
-        p: how small a number still counts.
-
-    Returns:
-        Two numbers each, from about -1 to 1.
-
-    Example:
-        >>> preprocess(torch.tensor([1.0, -math.exp(-5), 0.0]))
-        tensor([[ 0.0000,  1.0000],
-                [-0.5000, -1.0000],
-                [-1.0000,  0.0000]])
-
-    Reference:
-        Andrychowicz et al. (2016), appendix A.
-    """
-    large = values.abs() >= math.exp(-p)
-    size = values.abs().clamp_min(math.exp(-p)).log() / p
-    return torch.stack([torch.where(large, size, -1.0), torch.where(large, values.sign(), math.exp(p) * values)], dim=1)

@@ -1,0 +1,276 @@
+"""The memory-augmented neural network: a controller writes what it sees into a memory, and looks it up by content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.backbones import Embedding
+from metatutor.episodes import Episode
+from metatutor.learner import without_method
+from metatutor.memory.base import check_memory
+from metatutor.memory.stream import LabelCode, StreamLearner, check_label_code, lstm, remember
+
+EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class MANNConfig:
+    """The arguments of `MANN`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        n_way: see `MANN`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> MANNConfig(slots=16).build(ConvNet(filters=8)).config.slots
+        16
+
+    Reference:
+        Santoro et al. (2016).
+    """
+
+    method: Literal["mann"] = "mann"
+    n_way: int = 5
+    hidden_size: int = 200
+    slots: int = 128
+    width: int = 40
+    heads: int = 4
+    usage_decay: float = 0.99
+    sharpen: bool = True
+    labels: LabelCode = "one-hot"
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "slots", "width", "heads")}
+        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, **sizes)
+        check_label_code(self.labels)
+        if not 0 <= self.usage_decay <= 1:
+            raise ValueError(f"usage_decay must be from 0 to 1, got {self.usage_decay}")
+        if self.heads > self.slots:
+            raise ValueError(f"heads = {self.heads} exceeds slots = {self.slots}: each head needs a slot to write to")
+
+    def build(self, network: Embedding) -> MANN:
+        """The learner with these arguments."""
+        return MANN(network, **without_method(self))
+
+
+class Memory(NamedTuple):
+    """What a MANN knows of its tasks: the controller's state, and the memory with its bookkeeping.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> MANN(ConvNet(filters=8), slots=16, width=4).start(2).matrix.shape
+        torch.Size([2, 16, 4])
+
+    Reference:
+        Santoro et al. (2016), section 3.
+    """
+
+    h: Float[Tensor, "task hidden"]
+    cell: Float[Tensor, "task hidden"]
+    matrix: Float[Tensor, "task slot width"]
+    usage: Float[Tensor, "task slot"]
+    read_weights: Float[Tensor, "task head slot"]
+    write_weights: Float[Tensor, "task head slot"]
+    read: Float[Tensor, "task head width"]
+
+
+class MANN(StreamLearner):
+    """An LSTM controller with an external memory: written where it was used least, read where it resembles the key.
+
+    At every step each head has a key `k` and a gate `a` from the controller, and, with `M` the memory,
+
+        write = sigmoid(a) * previous read weights + (1 - sigmoid(a)) * least used
+        M'[i] = (M[i], or 0 where slot i is least used) + sum over heads of write[i] * k
+        read weights = softmax over slots of cosine(k, M'[i])
+        read = sum over slots of read weights[i] * M'[i]
+        usage' = decay * usage + sum over heads of (read weights + write)
+
+    `least used` marks one slot a head: the slots of least usage, in order. So new things replace what has not been
+    needed for long, or are added to what was just read, as the gate decides. The answer is a linear function of the
+    controller's output and of what was read, which enters the controller at the next step too.
+
+    One thing differs from the paper: with `sharpen`, the cosines are multiplied by a strength of at least 1, given by
+    the controller for each head, as in the Neural Turing Machine. Cosines of 1 and 0 alone, over 128 slots, would
+    leave the best slot a weight of 2%.
+
+    Args:
+        network: the embedding: `Pixels(20)` in the paper.
+        n_way: classes in a task.
+        hidden_size: of the controller.
+        slots: rows of the memory.
+        width: numbers in a row.
+        heads: how many read, and write.
+        usage_decay: how much of the usage remains after a step.
+        sharpen: whether the controller says how sharply to read; False: as in the paper.
+        labels: see `StreamLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways.
+
+    Example:
+        >>> from metatutor import Episode
+        >>> from metatutor.backbones import Pixels
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> MANN(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Santoro et al. (2016), equations 2 to 8; strength: Graves, Wayne & Danihelka (2014), equation 5.
+    """
+
+    def __init__(
+        self,
+        network: Embedding,
+        *,
+        n_way: int = MANNConfig.n_way,
+        hidden_size: int = MANNConfig.hidden_size,
+        slots: int = MANNConfig.slots,
+        width: int = MANNConfig.width,
+        heads: int = MANNConfig.heads,
+        usage_decay: float = MANNConfig.usage_decay,
+        sharpen: bool = MANNConfig.sharpen,
+        labels: LabelCode = MANNConfig.labels,
+        finetune_steps: int = MANNConfig.finetune_steps,
+        finetune_lr: float = MANNConfig.finetune_lr,
+    ) -> None:
+        config = MANNConfig(
+            "mann",
+            n_way,
+            hidden_size,
+            slots,
+            width,
+            heads,
+            usage_decay,
+            sharpen,
+            labels,
+            finetune_steps,
+            finetune_lr,
+        )
+        super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = config
+        self.enter = nn.Linear(self.input_size, 4 * hidden_size)
+        self.recur = nn.Linear(hidden_size + heads * width, 4 * hidden_size, bias=False)
+        self.control = nn.Linear(hidden_size, heads * (width + 1 + sharpen))  # keys, gates, strengths
+        self.out = nn.Linear(hidden_size + heads * width, self.code_size)
+        remember(self.enter, hidden_size)
+
+    def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time gates"]:
+        """What the images and labels add to the controller's gates."""
+        return self.enter(seen)
+
+    def start(self, n_tasks: int) -> Memory:
+        """An empty memory, nothing used; each head looks at a slot of its own."""
+        config, new = self.config, self.out.weight.new_zeros
+        h, matrix = new(n_tasks, config.hidden_size), new(n_tasks, config.slots, config.width)
+        looks_at = torch.eye(config.heads, config.slots, dtype=h.dtype, device=h.device).expand(n_tasks, -1, -1)
+        read = new(n_tasks, config.heads, config.width)
+        return Memory(h, h, matrix, new(n_tasks, config.slots), looks_at, new(n_tasks, *looks_at.shape[1:]), read)
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state: Memory | tuple[Tensor, ...], prepared: Float[Tensor, "task gates"]
+    ) -> tuple[Memory, Float[Tensor, "task code"]]:
+        """One image: the controller, then write, then read."""
+        before, heads, width = Memory(*state), self.config.heads, self.config.width
+        recurrent = self.recur(torch.cat([before.h, before.read.flatten(1)], dim=1))
+        h, cell = lstm(prepared + recurrent, before.cell)
+        keys, gates, *strengths = self.control(h).split([heads * width, heads, *[heads] * self.config.sharpen], dim=1)
+        keys = keys.tanh().unflatten(1, (heads, width))
+        unused = least_used(before.usage, heads)
+        write_weights = torch.lerp(unused, before.read_weights, gates.sigmoid()[..., None])
+        matrix = write(before.matrix, unused, write_weights, keys)
+        similarity = cosine(keys, matrix)
+        if strengths:
+            similarity = similarity * (1 + F.softplus(strengths[0]))[..., None]
+        read_weights = similarity.softmax(-1)
+        read = read_weights @ matrix
+        usage = self.config.usage_decay * before.usage + (read_weights + write_weights).sum(1)
+        answer = self.out(torch.cat([h, read.flatten(1)], dim=1))
+        return Memory(h, cell, matrix, usage, read_weights, write_weights, read), answer
+
+    @torch.no_grad()
+    def trace(self, episode: Episode) -> list[Memory]:
+        """The memory after every image of the support set as a stream, to be looked at."""
+        codes = self.codes(episode).of(episode.support_labels)
+        told = F.pad(codes, (0, 0, 1, 0))[:, :-1]
+        state, states = self.start(len(episode)), []
+        for prepared in self.prepare(torch.cat([self.embed_stream(episode.support_images), told], dim=-1)).unbind(1):
+            state, _ = self.step(state, prepared)
+            states.append(state)
+        return states
+
+
+def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "task head slot"]:
+    """For each head a slot of its own, marked by 1: the least used one, the next, and so on.
+
+    Args:
+        usage: of every slot.
+        heads: how many slots are needed.
+
+    Example:
+        >>> least_used(torch.tensor([[0.3, 0.1, 0.2]]), heads=2).tolist()
+        [[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
+
+    Reference:
+        Santoro et al. (2016), equation 6.
+    """
+    slots = usage.topk(heads, largest=False).indices
+    return F.one_hot(slots, usage.shape[1]).to(usage.dtype)
+
+
+def write(
+    matrix: Float[Tensor, "task slot width"],
+    unused: Float[Tensor, "task head slot"],
+    weights: Float[Tensor, "task head slot"],
+    keys: Float[Tensor, "task head width"],
+) -> Float[Tensor, "task slot width"]:
+    """The memory with its least used slots wiped, and every head's key added by its weights.
+
+    Args:
+        matrix: the memory.
+        unused: see `least_used`.
+        weights: of writing.
+        keys: what is written.
+
+    Example:
+        >>> one = torch.tensor([[[0.0, 1.0]]])
+        >>> write(torch.ones(1, 2, 3), one, one, torch.full((1, 1, 3), 0.5)).tolist()
+        [[[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]]]
+
+    Reference:
+        Santoro et al. (2016), equation 8 and the sentence before it.
+    """
+    return torch.baddbmm(matrix * (1 - unused.sum(1))[..., None], weights.mT, keys)
+
+
+def cosine(
+    keys: Float[Tensor, "task head width"], matrix: Float[Tensor, "task slot width"]
+) -> Float[Tensor, "task head slot"]:
+    """The cosine of every key with every row of the memory; 0 with an empty row.
+
+    Args:
+        keys: what is looked for.
+        matrix: the memory.
+
+    Example:
+        >>> cosine(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])).tolist()
+        [[[1.0, 0.0]]]
+
+    Reference:
+        Santoro et al. (2016), equation 2.
+    """
+    lengths = keys.norm(dim=-1)[..., None] * matrix.norm(dim=-1)[:, None]
+    return keys @ matrix.mT / (lengths + EPSILON)

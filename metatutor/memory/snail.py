@@ -1,0 +1,265 @@
+"""SNAIL: temporal convolutions gather what came before, causal attention picks out what is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from metatutor.backbones import Embedding
+from metatutor.episodes import Episode
+from metatutor.learner import without_method
+from metatutor.memory.base import Logits, MemoryLearner, check_memory
+
+Sequence = Float[Tensor, "task place channel"]
+
+
+@dataclass(frozen=True)
+class SNAILConfig:
+    """The arguments of `SNAIL`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        n_way: see `SNAIL`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> SNAILConfig(max_shot=5).build(ConvNet(filters=8)).config.max_shot
+        5
+
+    Reference:
+        Mishra et al. (2018).
+    """
+
+    method: Literal["snail"] = "snail"
+    n_way: int = 5
+    max_shot: int = 1
+    embedding: int = 64
+    filters: int = 32
+    attention: tuple[int, ...] = (32, 64, 64)
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        sizes = {name: getattr(self, name) for name in ("max_shot", "embedding", "filters")}
+        sizes |= {f"attention[{i}]": size for i, size in enumerate(self.attention)}
+        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, **sizes)
+        if not self.attention:
+            raise ValueError("attention must name the size of at least one block")
+
+    def build(self, network: Embedding) -> SNAIL:
+        """The learner with these arguments."""
+        return SNAIL(network, **without_method(self))
+
+
+class SNAIL(MemoryLearner):
+    """The support set is a sequence of images with their labels, a query image its last item, without one.
+
+    Nothing is written down and looked up: the sequence itself is the memory. Blocks of two kinds take turns. Dilated
+    causal convolutions put together what stands 1, 2, 4, … places apart, so that a few of them see the whole sequence.
+    Attention compares an item with every item before it, however far. Each block appends its outputs to its inputs:
+
+        attention, convolutions, attention, convolutions, attention, and a linear layer for the logits.
+
+    Every query image stands at the same place, right behind the support set, and none sees another: all are answered in
+    one pass.
+
+    Args:
+        network: the embedding.
+        n_way: classes in a task.
+        max_shot: support images of a class that the convolutions reach back to; attention reaches any.
+        embedding: numbers that are left of an embedding.
+        filters: of every convolution: 128 in the paper.
+        attention: numbers in the keys and values of each attention block: (32, 128, 256) in the paper.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> SNAIL(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Mishra et al. (2018), sections 3 and 5.1, figure 2; dilations 1, 2, 4, …: van den Oord et al. (2016).
+    """
+
+    def __init__(
+        self,
+        network: Embedding,
+        *,
+        n_way: int = SNAILConfig.n_way,
+        max_shot: int = SNAILConfig.max_shot,
+        embedding: int = SNAILConfig.embedding,
+        filters: int = SNAILConfig.filters,
+        attention: tuple[int, ...] = SNAILConfig.attention,
+        finetune_steps: int = SNAILConfig.finetune_steps,
+        finetune_lr: float = SNAILConfig.finetune_lr,
+    ) -> None:
+        config = SNAILConfig("snail", n_way, max_shot, embedding, filters, attention, finetune_steps, finetune_lr)
+        super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = config
+        self.reduce = nn.Linear(network.embedding_size, embedding)
+        channels, length = embedding + n_way, n_way * max_shot + 1
+        blocks: list[Attention | TemporalConvolutions] = []
+        for size in attention:
+            if blocks:
+                blocks.append(TemporalConvolutions(channels, length, filters))
+                channels = blocks[-1].out_channels
+            blocks.append(Attention(channels, size, size))
+            channels = blocks[-1].out_channels
+        self.blocks = nn.ModuleList(blocks)
+        self.out = nn.Linear(channels, n_way)
+
+    def answer(self, episode: Episode) -> Logits:
+        """The logits at the place behind the support set, for every query image standing there."""
+        items, n_support = self.items(episode)
+        for block in self.blocks:
+            items = block(items, n_support)
+        return self.out(items[:, n_support:])
+
+    def items(self, episode: Episode) -> tuple[Sequence, int]:
+        """Support images with their labels, then query images without; and how many are support."""
+        self.check_ways(episode)
+        support, query = self.embed(episode)
+        labels = F.one_hot(episode.support_labels, self.n_way).to(support.dtype)
+        labelled = torch.cat([self.reduce(support), labels], dim=-1)
+        asked = F.pad(self.reduce(query), (0, self.n_way))
+        return torch.cat([labelled, asked], dim=1), support.shape[1]
+
+    @torch.no_grad()
+    def attention(self, episode: Episode) -> list[Float[Tensor, "task query seen"]]:
+        """How much each query image attends to every support image and, last, to itself: one tensor a block."""
+        items, n_support = self.items(episode)
+        found = []
+        for block in self.blocks:
+            if isinstance(block, Attention):
+                weights = block.weights(items, n_support)[:, n_support:]  # [task, query, place]
+                itself = weights[:, :, n_support:].diagonal(dim1=1, dim2=2)
+                found.append(torch.cat([weights[:, :, :n_support], itself[..., None]], dim=-1))
+            items = block(items, n_support)
+        return found
+
+
+class Attention(nn.Module):
+    """Appends to each item what it reads from the items that it may see, by the likeness of keys.
+
+    `read = softmax(query · keys / sqrt(size)) values`. Keys and queries begin as the same function, so that like
+    attends to like from the start.
+
+    Args:
+        channels: of an item.
+        key_size: numbers in a key.
+        value_size: numbers in a value.
+
+    Example:
+        >>> Attention(8, 4, 6)(torch.rand(2, 5, 8), n_support=3).shape
+        torch.Size([2, 5, 14])
+
+    Reference:
+        Mishra et al. (2018), section 3.1, figure 2c; Vaswani et al. (2017), equation 1.
+    """
+
+    def __init__(self, channels: int, key_size: int, value_size: int) -> None:
+        super().__init__()
+        self.key, self.query = nn.Linear(channels, key_size), nn.Linear(channels, key_size)
+        self.value = nn.Linear(channels, value_size)
+        self.query.load_state_dict(self.key.state_dict())
+        self.out_channels = channels + value_size
+
+    def weights(self, items: Sequence, n_support: int) -> Float[Tensor, "task place seen"]:
+        """How much every item attends to every other; 0 where it may not look."""
+        likeness = self.query(items) @ self.key(items).mT / self.key.out_features**0.5
+        return likeness.masked_fill(~visible(items.shape[1], n_support, items.device), -torch.inf).softmax(-1)
+
+    def forward(self, items: Sequence, n_support: int) -> Sequence:
+        """`[task, place, channel]` -> `[task, place, channel + value]`."""
+        return torch.cat([items, self.weights(items, n_support) @ self.value(items)], dim=-1)
+
+
+class TemporalConvolutions(nn.Module):
+    """Gated causal convolutions of two taps, 1, 2, 4, … places apart, each seeing the outputs of all before it.
+
+    `out = tanh(filter * items) sigmoid(gate * items)`, appended to the items.
+
+    Args:
+        channels: of an item.
+        length: of the sequence that the last one must see.
+        filters: outputs of each.
+
+    Example:
+        >>> TemporalConvolutions(8, length=6, filters=4)(torch.rand(2, 7, 8), n_support=5).shape
+        torch.Size([2, 7, 20])
+
+    Reference:
+        Mishra et al. (2018), section 3.1, figures 2a and 2b.
+    """
+
+    def __init__(self, channels: int, length: int, filters: int) -> None:
+        super().__init__()
+        n_layers = max(1, ceil(log2(length)))
+        inputs = [channels + n * filters for n in range(n_layers)]
+        self.here = nn.ModuleList(nn.Linear(i, 2 * filters) for i in inputs)  # the tap at the item itself
+        self.there = nn.ModuleList(nn.Linear(i, 2 * filters, bias=False) for i in inputs)  # the one before it
+        self.out_channels = channels + n_layers * filters
+
+    def forward(self, items: Sequence, n_support: int) -> Sequence:
+        """`[task, place, channel]` -> `[task, place, channel + layer * filter]`."""
+        for layer, (here, there) in enumerate(zip(self.here, self.there, strict=True)):
+            filtered, gates = (here(items) + earlier(there(items), 2**layer, n_support)).chunk(2, dim=-1)
+            items = torch.cat([items, filtered.tanh() * gates.sigmoid()], dim=-1)
+        return items
+
+
+def visible(n_items: int, n_support: int, device: torch.device) -> Bool[Tensor, "place seen"]:
+    """Which items each item may look at: itself and the support items before it.
+
+    Args:
+        n_items: support and query items.
+        n_support: how many are support; all others stand at the place behind them.
+        device: of the result.
+
+    Example:
+        >>> visible(4, 2, torch.device("cpu")).int().tolist()
+        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
+
+    Reference:
+        Mishra et al. (2018), section 3.1.
+    """
+    places = torch.arange(n_items, device=device)
+    before = (places < places.clamp_max(n_support)[:, None]) & (places < n_support)
+    return before | torch.eye(n_items, dtype=torch.bool, device=device)
+
+
+def earlier(items: Sequence, distance: int, n_support: int) -> Sequence:
+    """For each item the one that stands `distance` places before it, zeros where the sequence has not begun.
+
+    Query items stand side by side at place `n_support`.
+
+    Args:
+        items: support, then query items.
+        distance: at least 1.
+        n_support: how many are support.
+
+    Example:
+        >>> earlier(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), 1, n_support=2).flatten().tolist()
+        [0.0, 1.0, 2.0, 2.0]
+
+    Reference:
+        Mishra et al. (2018), section 3.1: causal convolutions.
+    """
+    n_query = items.shape[1] - n_support
+    support = F.pad(items[:, :n_support], (0, 0, distance, 0))  # place p stands at p + distance
+    behind = support[:, n_support : n_support + 1].expand(-1, n_query, -1)
+    return torch.cat([support[:, :n_support], behind], dim=1)
