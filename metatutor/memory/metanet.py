@@ -192,7 +192,7 @@ class MetaNet(MemoryLearner):
         """Fast weights of the base learner: each from its own gradient alone."""
         return self.make_base(preprocess(gradient.flatten())).view_as(gradient)
 
-    def key_weights(self, gradients: Float[Tensor, "task seen *weight"]) -> Float[Tensor, task * weight]:
+    def key_weights(self, gradients: Float[Tensor, "task seen *weight"]) -> Float[Tensor, "task ..."]:
         """Fast weights of the key function: each from its gradients on several images, one after another."""
         n_seen = gradients.shape[1]
         seen = preprocess(gradients.transpose(0, 1).flatten()).view(n_seen, -1, 2)
