@@ -460,6 +460,11 @@ def published() -> list[dict[str, Any]]:
     return json.loads((results_folder() / "published.json").read_text())
 
 
+def published_streams() -> list[dict[str, Any]]:
+    """The papers' accuracies by instance, counted from 1: method, n_way, instance, accuracy, source and protocol."""
+    return json.loads((results_folder() / "published_streams.json").read_text())
+
+
 def parse_config(text: str, source: str = "config.json") -> RunConfig:
     """A configuration from JSON.
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatutor.backbones import MLP, ConvBlock, ConvNet, Network, Normalization, Pooling
+from metatutor.backbones import MLP, ConvBlock, ConvNet, Embedding, Network, Normalization, Pixels, Pooling
 from metatutor.episodes import Episode
 from metatutor.optimization.maml import MAML
 
@@ -328,3 +328,68 @@ def test_a_multilayer_perceptron_answers_each_input_by_itself():
 def test_mistakes_of_a_multilayer_perceptron_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         MLP(**options)
+
+
+# --- no network at all -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "channels"), [(20, 1), (5, 3), (1, 2), (40, 1)])
+def test_pixels_are_a_smaller_copy_in_a_row(size: int, channels: int):
+    """Smaller or larger; and a constant image stays as it is."""
+    network, images = Pixels(size, in_channels=channels), pixels(4, channels, 28)
+    found = network(images)
+    assert found.shape == (4, network.embedding_size) == (4, channels * size * size)
+    assert torch.equal(network.embed(images), found)
+    assert (found >= 0).all() and (found <= 1).all()
+    levels = torch.rand(4, channels, 1, 1, dtype=torch.float64)
+    assert torch.allclose(network(levels.expand(-1, -1, 28, 28)), levels.flatten(1).repeat_interleave(size**2, 1))
+
+
+def test_pixels_of_the_same_size_are_the_pixels():
+    images = pixels(3, 2, 6)
+    assert torch.allclose(Pixels(6, in_channels=2)(images), images.flatten(1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("size", [3, 7, 20])
+def test_no_pixel_is_lost(size: int):
+    """Each of the copy is an average, and none of the original is skipped."""
+    every_pixel = torch.eye(28 * 28, dtype=torch.float64).view(-1, 1, 28, 28)
+    weights = Pixels(size)(every_pixel).T  # [of the copy, of the original]
+    assert (weights >= 0).all() and (weights.sum(0) > 0).all()
+    assert torch.allclose(weights.sum(1), torch.ones(size**2, dtype=torch.float64), rtol=1e-6)
+    corner = weights[0].view(28, 28)  # the upper left of the copy comes of the upper left
+    assert corner[: 28 // size, : 28 // size].sum() > 0.3
+    assert corner[14:].sum() == 0 and corner[:, 14:].sum() == 0
+
+
+def test_pixels_see_each_image_by_itself():
+    images, network = pixels(5), Pixels(4)
+    assert torch.allclose(torch.cat([network(image[None]) for image in images]), network(images, 3))
+    assert (network.normalization, network.transductive, network.n_outputs) == ("none", False, None)
+    assert n_parameters(network) == 0
+
+
+def test_what_embeds_says_what_enters_its_last_layer():
+    images = pixels(6)
+    network = random(ConvNet(5, filters=4, n_blocks=2, image_size=9, hidden=(7,)))
+    assert network.head is not None
+    assert network.embed(images).shape == (6, network.embedding_size) == (6, 7)
+    assert torch.allclose(network.head(network.embed(images)), network(images))
+    headless = random(ConvNet(filters=4, n_blocks=2, image_size=9))
+    assert torch.equal(headless.embed(images), headless(images))
+    assert headless.embedding_size == headless(images).shape[1]
+    assert isinstance(network, Embedding) and isinstance(Pixels(), Embedding) and not isinstance(MLP(), Embedding)
+    with pytest.raises(NotImplementedError):
+        Embedding().embed(images)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": 0}, "size must be a positive integer, got 0"),
+        ({"in_channels": -1}, "in_channels must be a positive integer, got -1"),
+    ],
+)
+def test_mistakes_of_pixels_are_named(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Pixels(**options)

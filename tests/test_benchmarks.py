@@ -1,20 +1,23 @@
-"""The benchmark of the MAML step compares like with like. Nothing here looks at times."""
+"""The benchmarks of one step compare like with like. Nothing here looks at times."""
 
 import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
+import maml_step
+import mann_stream
 import pytest
-
-from benchmarks import maml_step
-from benchmarks.maml_step import Config, Setting, check, chosen, main, plain_loop
+import torch
+import turns
+from maml_step import Config, Setting, check, main, plain_loop
 
 SMALL = Config(settings=("strided-1q-1s",), peers=("plain loop",), rounds=1, tasks=2, filters=8)
 
 
 def test_all_that_are_installed_give_the_same_gradient() -> None:
-    names, _ = chosen(Config())
+    names, _ = turns.chosen(Config(), maml_step.IMPLEMENTATIONS, maml_step.PACKAGES)
     differences = check(Setting("pooled-1q-5s", tasks=2, filters=8, device="cpu"), names)
     assert {"metatutor", "plain loop"} <= set(differences)
 
@@ -41,10 +44,64 @@ def test_recomputing_is_measured_as_the_same_gradient() -> None:
     assert check(setting, ["metatutor-recompute"])["metatutor-recompute"] < 1e-10
 
 
-def test_unknown_names() -> None:
-    with pytest.raises(SystemExit, match="no such peer: nobody"):
-        chosen(Config(peers=("nobody",)))
-    with pytest.raises(SystemExit, match="no such variant: faster"):
-        chosen(Config(variants=("faster",)))
-    with pytest.raises(SystemExit, match="no such setting: wide-1q-1s"):
-        Setting("wide-1q-1s", tasks=2, filters=8, device="cpu").build()
+@pytest.mark.parametrize("benchmark", [maml_step, mann_stream])
+def test_unknown_names(benchmark: ModuleType) -> None:
+    for config, message in (
+        (benchmark.Config(peers=("nobody",)), "no such peer: nobody"),
+        (benchmark.Config(variants=("faster",)), "no such variant: faster"),
+        (benchmark.Config(settings=("wide-1q-1s",)), "no such setting: wide-1q-1s"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            benchmark.main(config)
+
+
+# --- the stream ----------------------------------------------------------------------------------------------------
+
+STREAMS = mann_stream.Setting("5w-2i", tasks=2, device="cpu")
+
+
+def test_ours_and_the_plain_loop_give_the_same_gradient_of_a_stream() -> None:
+    differences = mann_stream.check(STREAMS, list(mann_stream.IMPLEMENTATIONS))
+    assert 0 < differences["metatutor"] < turns.TOLERANCE
+    assert differences["plain loop"] == 0
+
+
+def test_the_plain_loop_has_the_weights_and_the_answers_of_ours() -> None:
+    learner, episode = STREAMS.build(torch.float64)
+    net, _ = mann_stream.plain_loop(learner, episode)
+    answers = net(episode.support_images, episode.support_labels)
+    torch.testing.assert_close(answers, learner.stream_logits(episode), rtol=0, atol=1e-6)
+    assert (sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in learner.parameters())) == len(
+        learner.enter.bias  # of the LSTMCell's two biases one is left at zero
+    )
+
+
+def test_a_stream_holds_every_class_equally_often() -> None:
+    _, episode = STREAMS.build()
+    assert episode.support_images.shape == (2, 10, 1, 28, 28)
+    assert episode.support_labels.sort(1).values.tolist() == 2 * [[0, 0, 1, 1, 2, 2, 3, 3, 4, 4]]
+
+
+def test_a_wrong_gradient_of_a_stream_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = partial(mann_stream.plain_loop, detached=True)
+    monkeypatch.setitem(mann_stream.IMPLEMENTATIONS, "wrong", wrong)
+    with pytest.raises(SystemExit, match="the gradient of wrong is off by"):
+        mann_stream.check(STREAMS, ["metatutor", "wrong"])
+    with pytest.raises(SystemExit, match="the gradient of wrong is off by"):
+        mann_stream.main(mann_stream.Config(settings=("5w-2i",), tasks=2, variants=("wrong",)))
+
+
+def test_rows_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    config = mann_stream.Config(settings=("5w-2i",), rounds=1, tasks=2, json=file)
+    mann_stream.main(replace(config, check_only=True))
+    assert not file.exists() and "plain loop" in capsys.readouterr().out
+    mann_stream.main(config)
+    ours, loop = json.loads(file.read_text())
+    assert set(ours) == {"setting", "implementation", "milliseconds", "ratio", "peak_mib"}
+    assert [(row["setting"], row["implementation"]) for row in (ours, loop)] == [
+        ("5w-2i", "metatutor"),
+        ("5w-2i", "plain loop"),
+    ]
+    assert ours["ratio"] == 1.0 and loop["ratio"] == pytest.approx(loop["milliseconds"] / ours["milliseconds"])
+    assert "2 streams" in capsys.readouterr().out

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec, StreamSampler
 
 FIELDS = ("support_images", "support_labels", "query_images", "query_labels")
+every_sampler = pytest.mark.parametrize("kind", [EpisodeSampler, StreamSampler])
 
 
 def numbered(n_classes: int, drawings: int, *, rotations: bool = False) -> ClassImages:
@@ -51,10 +52,10 @@ class Request:
     spare_drawings: int
     seed: int
 
-    def sampler(self) -> EpisodeSampler:
+    def sampler(self, kind: type[EpisodeSampler] = EpisodeSampler) -> EpisodeSampler:
         drawings = self.k_shot + self.n_query + self.spare_drawings
         classes = numbered(self.n_classes, drawings, rotations=self.rotations)
-        return EpisodeSampler(classes, EpisodeSpec(self.n_way, self.k_shot, self.n_query), seed=self.seed)
+        return kind(classes, EpisodeSpec(self.n_way, self.k_shot, self.n_query), seed=self.seed)
 
 
 @st.composite
@@ -81,9 +82,12 @@ def joined(episodes: list[Episode]) -> Episode:
 # --- what a task is --------------------------------------------------------------------------------------------
 
 
+@every_sampler
 @given(requests(), st.integers(1, 5))
-def test_a_task_is_exactly_n_way_k_shot_with_disjoint_drawings_and_right_labels(ask: Request, n_tasks: int):
-    sampler = ask.sampler()
+def test_a_task_is_exactly_n_way_k_shot_with_disjoint_drawings_and_right_labels(
+    kind: type[EpisodeSampler], ask: Request, n_tasks: int
+):
+    sampler = ask.sampler(kind)
     spec = sampler.spec
     episode, classes = sampler.sample_with_classes(n_tasks)
     assert len(episode) == n_tasks
@@ -113,10 +117,11 @@ def test_pixels_are_between_0_and_1():
     assert torch.allclose(pixels.sort().values, torch.tensor([0.0, 0.2, 1.0]))
 
 
+@every_sampler
 @pytest.mark.parametrize("rotations", [False, True])
-def test_every_class_and_every_drawing_is_drawn_equally_often(rotations: bool):
+def test_every_class_and_every_drawing_is_drawn_equally_often(kind: type[EpisodeSampler], rotations: bool):
     n_classes, n_tasks = 28 if rotations else 7, 3000
-    sampler = EpisodeSampler(numbered(7, 5, rotations=rotations), EpisodeSpec(3, 1, 1), seed=1)
+    sampler = kind(numbered(7, 5, rotations=rotations), EpisodeSpec(3, 1, 1), seed=1)
     episode, classes = sampler.sample_with_classes(n_tasks)
 
     def as_expected(counts: Tensor, chance: float) -> bool:
@@ -146,9 +151,10 @@ def test_classes_are_drawn_independently_of_each_other():
 # --- seeds -----------------------------------------------------------------------------------------------------
 
 
-def test_same_seed_same_episodes_whatever_the_global_generator():
+@every_sampler
+def test_same_seed_same_episodes_whatever_the_global_generator(kind: type[EpisodeSampler]):
     def draw(seed: int) -> list[Episode]:
-        sampler = EpisodeSampler(numbered(9, 8, rotations=True), EpisodeSpec(5, 2, 3), seed=seed)
+        sampler = kind(numbered(9, 8, rotations=True), EpisodeSpec(5, 2, 3), seed=seed)
         return [sampler.sample(2), sampler.sample(2)]
 
     torch.manual_seed(1)
@@ -165,11 +171,14 @@ def test_same_seed_same_episodes_whatever_the_global_generator():
     assert torch.equal(torch.get_rng_state(), state)  # the global generator was not touched
 
 
+@every_sampler
 @given(requests(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_a_stream_of_tasks_is_the_same_however_many_are_drawn_at_once(ask: Request, sizes: list[int]):
-    in_pieces = ask.sampler()
+def test_a_stream_of_tasks_is_the_same_however_many_are_drawn_at_once(
+    kind: type[EpisodeSampler], ask: Request, sizes: list[int]
+):
+    in_pieces = ask.sampler(kind)
     pieces = joined([in_pieces.sample(size) for size in sizes])
-    assert same(ask.sampler().sample(sum(sizes)), pieces)
+    assert same(ask.sampler(kind).sample(sum(sizes)), pieces)
 
 
 def test_seed_0_stays_what_recorded_runs_were_made_with():
@@ -187,6 +196,56 @@ def test_seed_0_stays_what_recorded_runs_were_made_with():
         [2, 16, 4, 1, 14, 16, 0, 16, 3, 9],
     ]
     assert torch.rand((), generator=sampler.generator, dtype=torch.float64).item() == 0.1493736765775825
+
+
+# --- support images in random order ----------------------------------------------------------------------------
+
+
+def test_the_support_images_of_a_stream_come_in_every_order_equally_often():
+    """Two classes, two images each: 24 orders of the images, whatever their classes."""
+    sampler = StreamSampler(numbered(5, 3), EpisodeSpec(2, 2, 1), seed=0)
+    episode, classes = sampler.sample_with_classes(3000)
+    assert Counter(tuple(labels) for labels in episode.support_labels.tolist()).keys() == {
+        (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0)
+    }  # fmt: skip
+    orders = Counter()
+    images = (episode.support_images[:, :, 0] * 255).round().int()
+    drawn = 3 * images[..., 0, 2] + images[..., 2, 2]  # [task, support]: class and drawing in one number
+    orders.update(tuple(order) for order in drawn.argsort(1).tolist())
+    assert len(orders) == 24
+    assert all(abs(count - 125) < 5 * (3000 * 1 / 24 * 23 / 24) ** 0.5 for count in orders.values())
+    assert not torch.equal(classes.sort(1).values, classes)  # and classes are not numbered in their order
+
+
+def test_the_order_of_a_stream_says_nothing_of_its_classes():
+    """The first image is of every class equally often, and of every label."""
+    episode, classes = StreamSampler(numbered(6, 2), EpisodeSpec(3, 1, 1), seed=2).sample_with_classes(3000)
+    first = episode.support_labels[:, 0]
+    for counts, n in ((first.bincount(), 3), (classes[torch.arange(3000), first].bincount(), 6)):
+        assert len(counts) == n
+        assert ((counts - 3000 / n).abs() < 5 * (3000 / n * (1 - 1 / n)) ** 0.5).all()
+
+
+def test_a_sampler_of_sets_does_not_shuffle():
+    """What recorded runs were made with: the support images class by class."""
+    labels = EpisodeSampler(numbered(6, 4), EpisodeSpec(3, 2, 1), seed=0).sample(50).support_labels
+    assert torch.equal(labels, torch.tensor([0, 0, 1, 1, 2, 2]).expand(50, -1))
+
+
+def test_seed_0_of_streams_stays_what_recorded_runs_were_made_with():
+    """As for `EpisodeSampler`: the numbers below are not computed by the test."""
+    sampler = StreamSampler(numbered(50, 20, rotations=True), EpisodeSpec(5, 2, 1), seed=0)
+    episode, classes = sampler.sample_with_classes(2)
+    assert classes.tolist() == [[195, 1, 12, 143, 199], [4, 189, 85, 35, 131]]
+    assert episode.support_labels.tolist() == [[2, 4, 0, 1, 2, 0, 3, 3, 4, 1], [4, 2, 0, 3, 1, 0, 3, 4, 1, 2]]
+    drawings = [[read(image, True)[1] for image in of_task] for of_task in episode.support_images]
+    assert drawings == [[12, 16, 12, 17, 6, 8, 8, 10, 17, 16], [11, 4, 14, 10, 6, 6, 13, 19, 16, 5]]
+
+
+def test_impossible_streams_say_what_to_do(class_images: Callable[..., ClassImages]):
+    message = "k_shot + n_query = 5 exceeds the 4 drawings of class 'class0'; lower n_query"
+    with pytest.raises(ValueError, match=exactly(message)):
+        StreamSampler(class_images(n_classes=3, drawings=4), EpisodeSpec(2, 4, 1))
 
 
 # --- rotations -------------------------------------------------------------------------------------------------

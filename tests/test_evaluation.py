@@ -11,19 +11,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metatutor.backbones import MLP, ConvNet
+from metatutor.backbones import MLP, ConvNet, Pixels
 from metatutor.data import Sinusoids
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec, StreamSampler
 from metatutor.evaluation import (
+    ByInstance,
     Evaluation,
     Regression,
     accuracies,
     confidence95,
     evaluate,
     evaluate_regression,
+    evaluate_stream,
+    instance_accuracies,
+    instances,
+    ordinal,
     squared_errors,
 )
 from metatutor.learner import Learner, Parameters
+from metatutor.memory import MANN, FeedForward
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.optimization.base import AdaptingLearner
 
@@ -177,6 +183,134 @@ def test_no_interval_of_fewer_than_two(class_images: Classes, n_episodes: int):
     message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(Scripted([12]), class_images(), SPEC, n_episodes=n_episodes)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------
+
+
+STREAM = EpisodeSpec(n_way=3, k_shot=4, n_query=1)
+
+
+def hits(image: Tensor) -> bool:
+    """Whether `Hitting` answers an image rightly: its pixels decide, rightly in two of three cases."""
+    return bool((image.double().sum() * 1e4).frac() < 2 / 3)
+
+
+class Hitting(FeedForward):
+    """Answers some images of a stream rightly, some with -1, a string that nobody has; for tests, it cheats."""
+
+    def __init__(self) -> None:
+        super().__init__(Pixels(1), n_way=3, hidden_size=1)
+        self.seen: list[tuple[bool, bool, int]] = []  # training mode, gradient mode, streams
+
+    def stream_answers(self, episode: Episode) -> Tensor:
+        self.seen.append((self.training, torch.is_grad_enabled(), len(episode)))
+        right = torch.tensor([[hits(image) for image in images] for images in episode.support_images])
+        return torch.where(right, episode.support_labels, -1)
+
+
+class BrokenStream(Hitting):
+    def stream_answers(self, episode: Episode) -> Tensor:
+        raise RuntimeError("broken")
+
+
+def accuracies_by_a_loop(classes: ClassImages, seed: int, n_episodes: int) -> np.ndarray:
+    """`[task, instance]`: how many of the three classes were answered rightly when they came so often before."""
+    episode = StreamSampler(classes, STREAM, seed=seed).sample(n_episodes)
+    found = np.zeros((n_episodes, STREAM.k_shot))
+    for task, images in enumerate(episode.support_images):
+        came = [0, 0, 0]
+        for image, label in zip(images, episode.support_labels[task].tolist(), strict=True):
+            found[task, came[label]] += hits(image) / 3
+            came[label] += 1
+    return found
+
+
+def test_instances_by_a_loop():
+    labels = torch.randint(0, 4, (5, 20), generator=torch.Generator().manual_seed(0))
+    for of_task, found in zip(labels.tolist(), instances(labels, 4).tolist(), strict=True):
+        assert found == [of_task[:time].count(label) for time, label in enumerate(of_task)]
+
+
+def test_accuracies_by_instance_by_a_loop(class_images: Classes):
+    sampler = StreamSampler(class_images(), STREAM, seed=3)
+    found = instance_accuracies(Hitting(), sampler, 7, tasks_per_batch=3)
+    assert found.shape == (7, 4) and found.dtype == torch.float64
+    assert np.allclose(found.numpy(), accuracies_by_a_loop(class_images(), 3, 7), atol=1e-12)
+    assert 0.4 < found.mean() < 0.9
+
+
+def test_means_and_intervals_by_instance_by_hand(class_images: Classes):
+    result = evaluate_stream(Hitting(), class_images(), STREAM, n_episodes=30, seed=5, split="strokes-0/test")
+    of_tasks = accuracies_by_a_loop(class_images(), 5, 30)
+    assert result.accuracy_by_instance == pytest.approx(of_tasks.mean(0).tolist(), abs=1e-12)
+    assert result.ci95_by_instance == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 30**0.5).tolist(), abs=1e-12)
+    expected = {"n_episodes": 30, "n_way": 3, "k_shot": 4, "split": "strokes-0/test", "seed": 5}
+    expected |= {"normalization": "none", "transductive": False}
+    assert {name: value for name, value in asdict(result).items() if not name.endswith("_by_instance")} == expected
+
+
+def test_what_is_recorded_of_a_stream(class_images: Classes):
+    network = ConvNet(filters=4, n_blocks=2, image_size=8, normalization="batch")
+    result = evaluate_stream(MANN(network, n_way=3), class_images(), STREAM, n_episodes=2)
+    assert (result.normalization, result.transductive) == ("batch", True)
+
+
+def test_streams_are_the_same_however_many_are_answered_at_once(class_images: Classes):
+    learner = MANN(Pixels(4), n_way=3, hidden_size=8, slots=6, width=4, heads=2)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in learner.parameters():  # large, so that the answers are not always the same
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    results = [
+        evaluate_stream(learner, class_images(), STREAM, n_episodes=20, tasks_per_batch=tasks) for tasks in (1, 7, 32)
+    ]
+    assert results == [results[0]] * 3
+    few, more = (instance_accuracies(learner, StreamSampler(class_images(), STREAM), n) for n in (10, 40))
+    assert torch.equal(more[:10], few)
+    other = evaluate_stream(learner, class_images(), STREAM, n_episodes=20, seed=1)
+    assert other.accuracy_by_instance != results[0].accuracy_by_instance
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_streams_are_answered_in_evaluation_mode_without_gradients(class_images: Classes, training: bool):
+    learner = Hitting().train(training)
+    evaluate_stream(learner, class_images(), STREAM, n_episodes=6, tasks_per_batch=4)
+    assert learner.seen == [(False, False, 4), (False, False, 2)]
+    assert learner.training is training
+    assert torch.is_grad_enabled()
+    broken = BrokenStream().train(training)
+    with pytest.raises(RuntimeError, match="broken"):
+        evaluate_stream(broken, class_images(), STREAM, n_episodes=2)
+    assert broken.training is training
+
+
+@pytest.mark.parametrize(
+    ("k_shot", "sentence"),
+    [
+        (1, "1st 10.0 ± 1.0%"),
+        (2, "1st 10.0 ± 1.0%, 2nd 20.0 ± 2.0%"),
+        (4, "1st 10.0 ± 1.0%, 2nd 20.0 ± 2.0%, 4th 40.0 ± 4.0%"),
+        (5, "1st 10.0 ± 1.0%, 2nd 20.0 ± 2.0%, 5th 50.0 ± 5.0%"),
+        (9, "1st 10.0 ± 1.0%, 2nd 20.0 ± 2.0%, 5th 50.0 ± 5.0%, 9th 90.0 ± 9.0%"),
+    ],
+)
+def test_prints_the_instances_of_a_papers_table(k_shot: int, sentence: str):
+    tenths, hundredths = ([i / of for i in range(1, k_shot + 1)] for of in (10, 100))
+    result = ByInstance(tenths, hundredths, 100, 5, k_shot, "random-0/test", 0, "none", False)
+    assert str(result) == sentence
+    assert result.cell(k_shot) == f"{10 * k_shot}.0 ± {k_shot}.0%"
+
+
+def test_ordinals():
+    assert [ordinal(i) for i in (1, 2, 3, 4, 10)] == ["1st", "2nd", "3rd", "4th", "10th"]
+    assert [ordinal(i) for i in (11, 12, 13, 20)] == ["11th", "12th", "13th", "20th"]
+
+
+@pytest.mark.parametrize("n_episodes", [1, 0, -3])
+def test_no_interval_of_fewer_than_two_streams(class_images: Classes, n_episodes: int):
+    message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        evaluate_stream(Hitting(), class_images(), STREAM, n_episodes=n_episodes)
 
 
 # --- regression ------------------------------------------------------------------------------------------------

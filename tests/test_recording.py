@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from metatutor import recording
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
-from metatutor.evaluation import Evaluation, Regression
+from metatutor.data import Strokes
+from metatutor.episodes import ClassImages, StreamSampler
+from metatutor.evaluation import ByInstance, Evaluation, Regression, evaluate_stream, instance_accuracies
+from metatutor.memory import MANN, FeedForwardConfig, MANNConfig, MetaNetConfig, PlainLSTMConfig, SNAILConfig
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import MAMLConfig
 from metatutor.recording import (
@@ -21,6 +26,7 @@ from metatutor.recording import (
     EvaluationConfig,
     MLPConfig,
     NetworkConfig,
+    PixelsConfig,
     RunConfig,
     SinusoidsConfig,
     config_text,
@@ -62,8 +68,22 @@ WAVES = RunConfig(
     train=TrainConfig(iterations=3, tasks_per_step=2),
     evaluation=EvaluationConfig(n_query=10, n_episodes=4),
 )
+STREAM = RunConfig(
+    learner=MANNConfig(n_way=3, hidden_size=8, slots=6, width=4, heads=2),
+    network=PixelsConfig(size=4),
+    data=DataConfig(source="strokes"),
+    n_way=3,
+    k_shot=4,
+    n_query=1,
+    train=TrainConfig(iterations=2, tasks_per_step=2, warmup=1),
+    evaluation=EvaluationConfig(n_query=1, n_episodes=4, k_shot=3, stream=True),
+)
 CONFIGS = [
     WAVES,
+    STREAM,
+    replace(STREAM, learner=MANNConfig(n_way=3, sharpen=False, labels="letters", usage_decay=0.5)),
+    replace(STREAM, learner=PlainLSTMConfig(n_way=3, labels="letters"), network=NetworkConfig(normalization="group")),
+    replace(STREAM, learner=FeedForwardConfig(n_way=3)),
     TINY,
     PRETRAINED,
     UNTRAINED,
@@ -225,6 +245,88 @@ def test_a_regression_is_recorded_step_by_step(tmp_path: Path) -> None:
         replace(WAVES, network=NetworkConfig())
 
 
+@pytest.fixture
+def few_strokes(monkeypatch: pytest.MonkeyPatch) -> None:
+    strokes = Strokes.load(n_alphabets=6, characters_per_alphabet=4, drawings=8)
+    monkeypatch.setattr(recording, "_strokes", lambda: strokes)
+
+
+def test_a_stream_is_recorded_instance_by_instance(tmp_path: Path, few_strokes: None) -> None:
+    """And validated as a stream, on as many images of a class as in the test."""
+    found = run_training(STREAM, tmp_path / "run", device="cpu", progress_bar=False)
+    assert isinstance(found, ByInstance)
+    assert len(found.accuracy_by_instance) == len(found.ci95_by_instance) == 3
+    assert (found.n_episodes, found.n_way, found.k_shot) == (4, 3, 3) and found.split.endswith("/test")
+    about = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert about["accuracy_by_instance"] == found.accuracy_by_instance and about["train_iterations"] == 2
+    assert "accuracy" not in about
+    assert recorded_accuracy(tmp_path / "run") == found
+    learner, splits = load_learner(tmp_path / "run", STREAM), STREAM.data.load()
+    assert isinstance(learner, MANN)
+    assert evaluate_learner(learner, splits, STREAM) == found
+    assert isinstance(splits.validation, ClassImages)
+    sampler = StreamSampler(splits.validation, STREAM.validation_spec, seed=recording._VALIDATION_SEED)
+    last = read_history(tmp_path / "run" / "history.csv")[-1]["validation_accuracy"]
+    assert last == pytest.approx(instance_accuracies(learner, sampler, 200).mean().item(), abs=1e-6)
+
+
+def test_a_stream_is_evaluated_as_its_configuration_says(few_strokes: None) -> None:
+    """On the split, the episodes and the seed that are asked for; and on query images, unless it says `stream`."""
+    learner, splits = STREAM.build(5).eval(), STREAM.data.load()
+    assert isinstance(learner, MANN) and isinstance(splits.validation, ClassImages)
+    seeded = replace(STREAM, evaluation=replace(STREAM.evaluation, seed=7))
+    found = evaluate_learner(learner, splits, seeded, split="validation", n_episodes=9)
+    by_hand = evaluate_stream(
+        learner, splits.validation, STREAM.test_spec, n_episodes=9, seed=7, split=f"{splits.id}/validation"
+    )
+    assert found == by_hand
+    queries = replace(STREAM, evaluation=replace(STREAM.evaluation, stream=False))
+    assert isinstance(evaluate_learner(learner, splits, queries), Evaluation)
+
+
+def test_a_stream_is_trained_alike_again(tmp_path: Path, few_strokes: None) -> None:
+    evaluations = [run_training(STREAM, tmp_path / run, device="cpu", progress_bar=False) for run in "ab"]
+    assert evaluations[0] == evaluations[1]
+    first, second = (load_file(tmp_path / run / "model.safetensors") for run in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learner": MAMLConfig()}, "maml answers no stream; leave evaluation.stream out"),
+        ({"learner": SNAILConfig(n_way=3)}, "snail answers no stream; leave evaluation.stream out"),
+        ({"learner": MetaNetConfig(n_way=3)}, "metanet answers no stream; leave evaluation.stream out"),
+        ({"learner": PrototypicalConfig(), "evaluation": EvaluationConfig()}, "prototypical needs a network that"),
+        ({"learner": MAMLConfig(), "evaluation": EvaluationConfig()}, "learns; leave out kind 'pixels'"),
+        ({"n_way": 5}, "learner.n_way = 3, n_way = 5, evaluation.n_way = None: mann reads labels of so many classes"),
+        ({"learner": PlainLSTMConfig(n_way=4)}, "learner.n_way = 4, n_way = 3, evaluation.n_way = None: plain_lstm"),
+        ({"evaluation": EvaluationConfig(n_way=5)}, "n_way = 3, evaluation.n_way = 5: mann .*; let them agree"),
+        ({"network": MLPConfig()}, "sinusoids need a network of kind 'mlp', and images need a ConvNet"),
+        ({"data": SinusoidsConfig()}, "sinusoids need a network of kind 'mlp'"),
+    ],
+)
+def test_what_no_stream_can_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(STREAM, **change)
+    wrong = json.loads(config_text(STREAM)) | {name: asdict(c) if name != "n_way" else c for name, c in change.items()}
+    with pytest.raises(ValueError, match=message):  # also where it is read from a file
+        parse_config(json.dumps(wrong))
+
+
+def test_labels_may_be_of_as_many_classes_as_the_test_has_too() -> None:
+    same = replace(STREAM, evaluation=EvaluationConfig(n_way=3, stream=True))
+    assert same.test_spec.n_way == same.validation_spec.n_way == 3
+
+
+def test_a_configuration_of_pixels(few_strokes: None) -> None:
+    learner = parse_config(config_text(STREAM)).build(7)
+    assert isinstance(learner, MANN)
+    assert learner.network.embedding_size == 16
+    with pytest.raises(ValueError, match=r"config.json: network\..*kind"):
+        parse_config(config_text(STREAM).replace('"pixels"', '"pixel"'))
+
+
 @pytest.mark.parametrize("learner", [MAMLConfig(), ScratchConfig()], ids=lambda learner: learner.method)
 def test_a_last_layer_is_for_the_ways_of_its_training(learner: MAMLConfig | ScratchConfig) -> None:
     with pytest.raises(ValueError, match=r"evaluation\.n_way = 20 but a last layer for n_way = 5"):
@@ -246,7 +348,11 @@ def test_an_unknown_run_is_an_error_that_lists_the_known(recorded: tuple[Path, E
 def test_every_recorded_run_is_whole(name: str) -> None:
     run = load_run(name)
     learner = run.learner()
-    measured = ("mse_by_step", "ci95_by_step") if run.config.regression else ("accuracy", "ci95")
+    if run.config.evaluation.stream:
+        measured = ("accuracy_by_instance", "ci95_by_instance")
+        assert [len(run.evaluation[key]) for key in measured] == 2 * [run.evaluation["k_shot"]]
+    else:
+        measured = ("mse_by_step", "ci95_by_step") if run.config.regression else ("accuracy", "ci95")
     for key in (*measured, "train_seconds", "train_iterations", "device", "torch", "peak_memory_mib"):
         assert key in run.evaluation
     assert run.evaluation["n_episodes"] >= (600 if run.config.regression else 1000)  # as many as the papers have

@@ -20,11 +20,22 @@ def results_table(results: Path) -> str:
         if "mse_by_step" in about:
             steps, mse, ci95 = len(about["mse_by_step"]) - 1, about["mse_by_step"][-1], about["ci95_by_step"][-1]
             task, found = f"sine waves, {about['k_shot']} points", f"MSE {mse:.2f} ± {ci95:.2f} after {steps} steps"
+        elif "accuracy_by_instance" in about:
+            task, found = f"{about['n_way']}-way stream, {about['k_shot']} images a class", by_instance(about)
         else:
             task = f"{about['n_way']}-way {about['k_shot']}-shot"
             found = f"{100 * about['accuracy']:.1f} ± {100 * about['ci95']:.1f}%"
         rows.append(f"| `{path.parent.name}` | {task} | {found} | {trained} | {about['parameters']:,} |")
     return "\n".join(rows)
+
+
+def by_instance(about: dict[str, Any]) -> str:
+    """The accuracies on the second, fifth and last image of a class in a stream, with their intervals."""
+    measured = list(zip(about["accuracy_by_instance"], about["ci95_by_instance"], strict=True))
+    shown = sorted({instance for instance in (2, 5, len(measured)) if instance <= len(measured)})
+    named = {1: "1st", 2: "2nd", 3: "3rd"}
+    cells = ((named.get(instance, f"{instance}th"), *measured[instance - 1]) for instance in shown)
+    return ", ".join(f"{name} {100 * accuracy:.1f} ± {100 * ci95:.1f}%" for name, accuracy, ci95 in cells)
 
 
 def benchmark_table(results: Path) -> str:

@@ -6,8 +6,10 @@ size, in colours that colour-blind readers can tell apart. Images are `[height, 
 
 from metatutor.figures.concepts import families
 from metatutor.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
+from metatutor.figures.filling import filling_memory
 from metatutor.figures.images import adaptation, answers, characters, task
 from metatutor.figures.interactive import movable_plane
+from metatutor.figures.memory import attention_on_support, fast_weights, memory_steps, usage_over_time
 from metatutor.figures.metric import confusions, embedding, matrices, plane
 from metatutor.figures.optimization import beginnings, heat, journeys
 from metatutor.figures.shown import Shown, live, stepper, table
@@ -21,6 +23,7 @@ __all__ = [
     "adaptation",
     "adapting_wave",
     "answers",
+    "attention_on_support",
     "bands",
     "beginnings",
     "by_layer",
@@ -29,6 +32,8 @@ __all__ = [
     "confusions",
     "embedding",
     "families",
+    "fast_weights",
+    "filling_memory",
     "heat",
     "intervals",
     "journeys",
@@ -36,11 +41,13 @@ __all__ = [
     "lines",
     "live",
     "matrices",
+    "memory_steps",
     "movable_plane",
     "plane",
     "slopes",
     "stepper",
     "table",
     "task",
+    "usage_over_time",
     "waves",
 ]

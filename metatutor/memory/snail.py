@@ -17,6 +17,7 @@ from metatutor.learner import without_method
 from metatutor.memory.base import Logits, MemoryLearner, check_memory
 
 Sequence = Float[Tensor, "task place channel"]
+Longer = Float[Tensor, "task place longer"]  # items with what a block has appended to them
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ class SNAIL(MemoryLearner):
 class Attention(nn.Module):
     """Appends to each item what it reads from the items that it may see, by the likeness of keys.
 
-    `read = softmax(query · keys / sqrt(size)) values`. Keys and queries begin as the same function, so that like
-    attends to like from the start.
+    `read = softmax(query · keys / sqrt(size)) values`. Keys and queries begin as the same function, with weights four
+    times as large as usual, so that from the start like attends to like, and to little else.
 
     Args:
         channels: of an item.
@@ -175,6 +176,9 @@ class Attention(nn.Module):
         super().__init__()
         self.key, self.query = nn.Linear(channels, key_size), nn.Linear(channels, key_size)
         self.value = nn.Linear(channels, value_size)
+        with torch.no_grad():
+            self.key.weight.mul_(4)
+            self.key.bias.zero_()
         self.query.load_state_dict(self.key.state_dict())
         self.out_channels = channels + value_size
 
@@ -183,7 +187,7 @@ class Attention(nn.Module):
         likeness = self.query(items) @ self.key(items).mT / self.key.out_features**0.5
         return likeness.masked_fill(~visible(items.shape[1], n_support, items.device), -torch.inf).softmax(-1)
 
-    def forward(self, items: Sequence, n_support: int) -> Sequence:
+    def forward(self, items: Sequence, n_support: int) -> Longer:
         """`[task, place, channel]` -> `[task, place, channel + value]`."""
         return torch.cat([items, self.weights(items, n_support) @ self.value(items)], dim=-1)
 
@@ -214,7 +218,7 @@ class TemporalConvolutions(nn.Module):
         self.there = nn.ModuleList(nn.Linear(i, 2 * filters, bias=False) for i in inputs)  # the one before it
         self.out_channels = channels + n_layers * filters
 
-    def forward(self, items: Sequence, n_support: int) -> Sequence:
+    def forward(self, items: Sequence, n_support: int) -> Longer:
         """`[task, place, channel]` -> `[task, place, channel + layer * filter]`."""
         for layer, (here, there) in enumerate(zip(self.here, self.there, strict=True)):
             filtered, gates = (here(items) + earlier(there(items), 2**layer, n_support)).chunk(2, dim=-1)

@@ -7,7 +7,7 @@ import re
 import pytest
 from sources import ROOT, bibliography_keys
 
-from metatutor.recording import published
+from metatutor.recording import published, published_streams
 
 # 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot
 TABLE = """
@@ -33,6 +33,13 @@ TABLE = """
 """
 SHAPES = ((5, 1), (5, 5), (20, 1), (20, 5))
 ROWS = published()
+# 5 classes; 1st, 2nd, 3rd, 4th, 5th, 10th instance
+STREAM_TABLE = """
+| MANN | 36.4 | 82.8 | 91.0 | 92.6 | 94.9 | 98.1 |
+| humans | 34.5 | 57.3 | 70.1 | 71.8 | 81.4 | 92.4 |
+"""
+INSTANCES = (1, 2, 3, 4, 5, 10)
+STREAM_ROWS = published_streams()
 
 
 def expected() -> dict[tuple[str, int, int], tuple[float, float | None, str]]:
@@ -62,6 +69,29 @@ def test_a_row_says_where_it_comes_from_and_under_which_rules(row: dict) -> None
     assert set(row) == {"method", "n_way", "k_shot", "accuracy", "ci95", "source", "protocol"}
     assert row["source"] in bibliography_keys((ROOT / "book/references.bib").read_text(encoding="utf-8"))
     assert re.search(r"\w", row["protocol"])
+
+
+def test_every_accuracy_by_instance_is_published_once_and_nothing_else() -> None:
+    table = {}
+    for line in STREAM_TABLE.strip().splitlines():
+        method, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        table |= {(method, 5, i): float(value) for i, value in zip(INSTANCES, values, strict=True)}
+    found = {(r["method"], r["n_way"], r["instance"]): round(100 * r["accuracy"], 3) for r in STREAM_ROWS}
+    assert len(found) == len(STREAM_ROWS)
+    assert found == table
+
+
+@pytest.mark.parametrize("row", STREAM_ROWS, ids=lambda row: f"{row['method']}-{row['instance']}")
+def test_a_row_by_instance_says_where_it_comes_from_and_under_which_rules(row: dict) -> None:
+    assert set(row) == {"method", "n_way", "instance", "accuracy", "source", "protocol"}
+    assert row["source"] in bibliography_keys((ROOT / "book/references.bib").read_text(encoding="utf-8"))
+    assert "stream" in row["protocol"]
+
+
+def test_the_two_files_agree_on_mann() -> None:
+    by_instance = {row["instance"]: row["accuracy"] for row in STREAM_ROWS if row["method"] == "MANN"}
+    shots = {row["k_shot"]: row["accuracy"] for row in ROWS if row["method"] == "MANN, no convolutions"}
+    assert shots == {1: by_instance[2], 5: by_instance[5]}
 
 
 def test_the_numbers_of_the_article_are_not_what_it_says_they_are() -> None:
