@@ -20,7 +20,7 @@ from metatutor.evaluation import confidence95, instance_accuracies, instances
 from metatutor.memory import MANN, FeedForward, MANNConfig, PlainLSTM
 from metatutor.memory import stream as stream_module
 from metatutor.memory.mann import Memory, cosine, least_used, write
-from metatutor.memory.stream import Codes, StreamLearner, lstm, strings
+from metatutor.memory.stream import Codes, StreamLearner, lstm, strings, told_late
 from metatutor.training import TrainConfig, train
 
 small_mann = partial(MANN, hidden_size=5, slots=7, width=3, heads=2)
@@ -105,7 +105,8 @@ def lstm_by_hand(gates: Vector, cell: Vector) -> tuple[Vector, Vector]:
 
 
 def cosine_by_hand(a: Vector, b: Vector) -> float:
-    return dot(a, b) / (math.sqrt(dot(a, a)) * math.sqrt(dot(b, b)) + 1e-8)
+    lengths = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+    return dot(a, b) / lengths if lengths else 0.0
 
 
 def least_by_hand(usage: Vector, heads: int) -> list[int]:
@@ -149,6 +150,11 @@ def step_by_hand(method: MANN, old: ByHand, seen: Vector, unused: list[int]) -> 
     strengths = [1.0] * config.heads
     if config.sharpen:
         strengths = [1 + math.log(1 + math.exp(control[after_keys + config.heads + head])) for head in heads]
+    reads: list[Vector] = []
+    for r in heads:
+        powers = [math.exp(strengths[r] * cosine_by_hand(keys[r], row)) for row in old.matrix]
+        reads.append([power / sum(powers) for power in powers])
+    read = [[dot(reads[r], [row[j] for row in old.matrix]) for j in width] for r in heads]
     writes = [
         [gates[r] * old.read_weights[r][i] + (1 - gates[r]) * (1.0 if i == unused[r] else 0.0) for i in slots]
         for r in heads
@@ -157,11 +163,6 @@ def step_by_hand(method: MANN, old: ByHand, seen: Vector, unused: list[int]) -> 
         [(0.0 if i in unused else old.matrix[i][j]) + sum(writes[r][i] * keys[r][j] for r in heads) for j in width]
         for i in slots
     ]
-    reads: list[Vector] = []
-    for r in heads:
-        powers = [math.exp(strengths[r] * cosine_by_hand(keys[r], row)) for row in matrix]
-        reads.append([power / sum(powers) for power in powers])
-    read = [[dot(reads[r], [row[j] for row in matrix]) for j in width] for r in heads]
     usage = [config.usage_decay * old.usage[i] + sum(reads[r][i] + writes[r][i] for r in heads) for i in slots]
     answer = linear(method.out, h + [x for of_head in read for x in of_head])
     return ByHand(h, cell, matrix, usage, reads, writes, read), answer
@@ -192,14 +193,15 @@ def test_cosine_by_a_loop():
             for slot in range(5):
                 a, b = keys[task, head].tolist(), matrix[task, slot].tolist()
                 assert math.isclose(found[task, head, slot].item(), cosine_by_hand(a, b), rel_tol=1e-12)
-    assert torch.allclose(found, F.cosine_similarity(keys[:, :, None], matrix[:, None], dim=-1), atol=1e-6)
+    assert close(found, F.cosine_similarity(keys[:, :, None], matrix[:, None], dim=-1))
+    assert close(cosine(keys, 1e-6 * matrix), found)  # however faintly it was written
 
 
 def test_a_cosine_is_1_with_oneself_and_0_with_nothing():
     matrix = noise(1, 4, 3)
     matrix[0, 2] = 0
     found = cosine(5 * matrix, 0.1 * matrix)[0]
-    assert torch.allclose(found.diagonal()[[0, 1, 3]], torch.ones(3, dtype=torch.float64), atol=1e-6)
+    assert close(found.diagonal()[[0, 1, 3]], torch.ones(3, dtype=torch.float64))
     assert (found[2] == 0).all() and (found[:, 2] == 0).all()
 
 
@@ -295,7 +297,7 @@ def test_weights_are_shares_and_usage_is_what_is_left_of_them(sharpen: bool, dec
         now = (after.read_weights + after.write_weights).sum(1)
         assert close(after.usage, decay * before.usage + now)
         assert close(after.usage.sum(-1), decay * before.usage.sum(-1) + 4)  # two heads, each reads and writes
-        assert close(after.read, torch.einsum("trs,tsw->trw", after.read_weights, after.matrix))
+        assert close(after.read, torch.einsum("trs,tsw->trw", after.read_weights, before.matrix))
 
 
 def gates_at(method: MANN, value: float) -> None:
@@ -325,6 +327,29 @@ def test_an_open_gate_writes_where_was_just_read():
     states = method.trace(task)
     for before, after in zip([method.start(2), *states[:-1]], states, strict=True):
         assert torch.equal(after.write_weights, before.read_weights)
+
+
+def test_what_was_just_written_is_read_one_step_later():
+    """The memory is read before it is written: the first image finds nothing, the second what the first has left."""
+    method, task = mann(), stream(2)
+    first, second = method.trace(task)[:2]
+    assert (first.read == 0).all() and (first.matrix != 0).any()
+    assert close(first.read_weights, torch.full((2, 2, 7), 1 / 7, dtype=torch.float64))
+    assert (second.read != 0).all()
+
+
+def test_reading_is_sharp_at_first():
+    """Or a memory of many slots would show nothing but their mean."""
+    torch.manual_seed(0)
+    method = MANN(Pixels(2), n_way=3, slots=128)
+    assert (method.control.bias[-4:] == 10).all() and (method.control.bias[:-4].abs() < 1).all()
+    before = method.start(1)
+    before = before._replace(matrix=F.one_hot(torch.arange(128) % 40, 40).float()[None])
+    weights = [
+        m.step(before, m.prepare(torch.rand(1, 1, m.input_size))[:, 0])[0].read_weights.amax().item()
+        for m in (method, MANN(Pixels(2), n_way=3, slots=128, sharpen=False))
+    ]
+    assert weights[0] > 2 * weights[1]
 
 
 def test_strength_sharpens():
@@ -381,6 +406,13 @@ def test_a_label_is_told_one_step_late(name: str, same_strings: None):
         changed = differs(method.stream_logits(replace(task, support_labels=labels)), logits)
         remembered = [name.startswith("feed") is False] * (7 - time)
         assert changed == [False] * (time + 1) + ([True, *remembered] if time < 8 else [])
+
+
+def test_nothing_is_told_at_first_and_then_the_label_before():
+    codes = noise(2, 4, 3)
+    told = told_late(codes)
+    assert told.shape == codes.shape and (told[:, 0] == 0).all()
+    assert all(torch.equal(told[:, time], codes[:, time - 1]) for time in range(1, 4))
 
 
 @every_method

@@ -196,7 +196,7 @@ const past = s.labels.map((label, t) => {
   made.appendChild(document.createElement("span")).textContent = label;
   return find(".past").appendChild(made);
 });
-const spaced = (texts) => (item, row) => { item.textContent = row % Math.ceil(9 / $pitch) ? "" : texts[row]; };
+const spaced = (texts) => (item, row) => { item.textContent = row % Math.ceil(12 / $pitch) ? "" : texts[row]; };
 every("ol").forEach((list) => { list.innerHTML = "<li></li>".repeat(rows); });
 every(".slots li").forEach(spaced(s.slots));
 charts.forEach((chart) => {

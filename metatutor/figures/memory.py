@@ -46,7 +46,7 @@ def memory_steps(
         matrix: the memory after every image of one task.
         read_weights, write_weights: of every head.
         usage: of every slot.
-        steps: which images of the stream, from 0; three stand side by side.
+        steps: which images of the stream, from 0; up to three stand side by side.
         rows: the most slots that are drawn.
 
     Raises:
@@ -59,8 +59,8 @@ def memory_steps(
     check_steps(steps, len(matrix))
     slots = chosen_slots(read_weights, write_weights, rows)
     bars = bookkeeping(read_weights, write_weights, usage, slots)
-    shown, columns = matrix[:, slots], min(3, len(steps))
-    lines = -(-len(steps) // columns)
+    shown, lines = matrix[:, slots], -(-len(steps) // 3)
+    columns = -(-len(steps) // lines)
     figure = picture(lines * (0.15 * len(slots) + 0.9) + 0.7)
     drawn = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     largest, shaded = shown.abs().max().item(), None

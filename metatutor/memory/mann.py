@@ -14,7 +14,7 @@ from metatutor.backbones import Embedding
 from metatutor.episodes import Episode
 from metatutor.learner import without_method
 from metatutor.memory.base import check_memory
-from metatutor.memory.stream import LabelCode, StreamLearner, check_label_code, lstm, remember
+from metatutor.memory.stream import LabelCode, StreamLearner, check_label_code, lstm, remember, told_late
 
 EPSILON = 1e-8
 
@@ -101,10 +101,10 @@ class MANN(StreamLearner):
     needed for long, or are added to what was just read, as the gate decides. The answer is a linear function of the
     controller's output and of what was read, which enters the controller at the next step too.
 
-    Two choices are ours. The memory is read before it is written: the other way round, what resembles a key most is that
-    key itself, just written. And with `sharpen`, the cosines are multiplied by a strength, given by the controller for
-    each head and about 11 at first, as in the Neural Turing Machine: cosines of 1 and 0 alone, over 128 slots, would leave
-    the best slot a weight of 2%.
+    Two choices are ours. The memory is read before it is written: the other way round, what resembles a key most is
+    that key itself, just written. And with `sharpen`, the cosines are multiplied by a strength that the controller
+    gives each head, about 11 at first, as in the Neural Turing Machine: cosines of 1 and 0 alone, over 128 slots, would
+    leave the best slot a weight of 2%.
 
     Args:
         network: the embedding: `Pixels(20)` in the paper.
@@ -168,8 +168,8 @@ class MANN(StreamLearner):
         self.control = nn.Linear(hidden_size, heads * (width + 1 + sharpen))  # keys, gates, strengths
         self.out = nn.Linear(hidden_size + heads * width, self.code_size)
         remember(self.enter, hidden_size)
-        if sharpen:
-            nn.init.constant_(self.control.bias[-heads:].detach(), 10.0)
+        if sharpen:  # strengths of about 11 at first
+            nn.init.constant_(self.control.bias.detach()[-heads:], 10.0)
 
     def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time gates"]:
         """What the images and labels add to the controller's gates."""
@@ -207,8 +207,7 @@ class MANN(StreamLearner):
     @torch.no_grad()
     def trace(self, episode: Episode) -> list[Memory]:
         """The memory after every image of the support set as a stream, to be looked at."""
-        codes = self.codes(episode).of(episode.support_labels)
-        told = F.pad(codes, (0, 0, 1, 0))[:, :-1]
+        told = told_late(self.codes(episode).of(episode.support_labels))
         state, states = self.start(len(episode)), []
         for prepared in self.prepare(torch.cat([self.embed_stream(episode.support_images), told], dim=-1)).unbind(1):
             state, _ = self.step(state, prepared)

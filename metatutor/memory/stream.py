@@ -122,9 +122,8 @@ class StreamLearner(MemoryLearner):
         self, embeddings: Float[Tensor, "task time embedding"], codes: Float[Tensor, "task time code"]
     ) -> tuple[State, Float[Tensor, "task time code"]]:
         """The state that a stream leaves, and the answers on the way."""
-        told = F.pad(codes, (0, 0, 1, 0))[:, :-1]  # the label of an image comes one step after it
         state, answers = self.start(len(embeddings)), []
-        for prepared in self.prepare(torch.cat([embeddings, told], dim=-1)).unbind(1):
+        for prepared in self.prepare(torch.cat([embeddings, told_late(codes)], dim=-1)).unbind(1):
             state, answer = self.step(state, prepared)
             answers.append(answer)
         return state, torch.stack(answers, dim=1)
@@ -188,6 +187,22 @@ class Codes:
         spelled = answers.unflatten(2, (N_LETTERS, N_LETTERS)).argmax(-1)  # [task, time, letter]
         same = (spelled[:, :, None] == self.strings[:, None]).all(-1)  # [task, time, way]
         return torch.where(same.any(-1), same.int().argmax(-1), -1)
+
+
+def told_late(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
+    """What is told at every step of a stream: the label of the image before; nothing at the first.
+
+    Args:
+        codes: of the label of every image.
+
+    Example:
+        >>> told_late(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
+        [[[0.0, 0.0], [1.0, 0.0]]]
+
+    Reference:
+        Santoro et al. (2016), section 2.2.
+    """
+    return F.pad(codes, (0, 0, 1, 0))[:, :-1]
 
 
 def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
