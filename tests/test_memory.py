@@ -210,9 +210,9 @@ class Always:
 @every_method
 def test_learns_one_episode_by_heart(name: str, random_episode: Episodes):
     episode, method = random_episode(1, k_shot=1, n_query=1), learner(name)
-    config = TrainConfig(iterations=60, tasks_per_step=1, outer_lr=0.05, warmup=0)
+    config = TrainConfig(iterations=60, tasks_per_step=1, outer_lr=0.03, warmup=0)
     train(method, Always(episode), config, progress_bar=False, device="cpu")
-    assert method.meta_loss(episode) < 0.05
+    assert method.meta_loss(episode) < 0.1
     if isinstance(method, StreamLearner):
         assert torch.equal(method.stream_answers(episode), episode.support_labels)
     else:

@@ -98,11 +98,11 @@ class Paper:
 
     def key_weight(self, *gradients: Tensor) -> Tensor:
         """An LSTM, one gradient after another, its gates written out."""
-        watch, size = self.learner.watch, self.learner.config.generator_size
+        watch, size = dict(self.learner.watch.named_parameters()), self.learner.config.generator_size
         h = c = torch.zeros(size, dtype=torch.float64)
         for gradient in gradients:
-            z = watch.weight_ih_l0 @ of_any_size(gradient) + watch.bias_ih_l0 + watch.weight_hh_l0 @ h
-            z = z + watch.bias_hh_l0
+            z = watch["weight_ih_l0"] @ of_any_size(gradient) + watch["bias_ih_l0"]
+            z = z + watch["weight_hh_l0"] @ h + watch["bias_hh_l0"]
             enter, keep, new, show = z[:size], z[size : 2 * size], z[2 * size : 3 * size], z[3 * size :]
             c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
             h = torch.sigmoid(show) * torch.tanh(c)

@@ -64,10 +64,10 @@ def temporal_block(items: Tensor, block: TemporalConvolutions, length: int) -> T
     """Figures 2a and 2b for items `[place, channel]`: PyTorch's convolution, padded on the left."""
     series = items.T
     for layer in range(math.ceil(math.log2(length))):
-        here, there = block.here[layer], block.there[layer]
-        taps = torch.stack([there.weight, here.weight], dim=2)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        here, there = dict(block.here[layer].named_parameters()), dict(block.there[layer].named_parameters())
+        taps = torch.stack([there["weight"], here["weight"]], dim=2)
         padded = F.pad(series, (2**layer, 0))
-        found = F.conv1d(padded[None], taps, here.bias, dilation=2**layer)[0]  # pyright: ignore[reportArgumentType]
+        found = F.conv1d(padded[None], taps, here["bias"], dilation=2**layer)[0]
         half = len(found) // 2
         series = torch.cat([series, torch.tanh(found[:half]) * torch.sigmoid(found[half:])])
     return series.T
