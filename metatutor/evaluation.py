@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from metatutor.data import Sinusoids, SinusoidSampler
-from metatutor.episodes import ClassImages, EpisodeSampler, EpisodeSpec
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.learner import Learner
 from metatutor.memory.stream import StreamLearner
 from metatutor.optimization.base import AdaptingLearner
@@ -68,6 +69,23 @@ def accuracies(
     Returns:
         Fractions from 0 to 1, on the CPU.
     """
+    return _of_tasks(
+        learner,
+        sampler,
+        n_episodes,
+        tasks_per_batch,
+        lambda episode: (learner(episode).argmax(-1) == episode.query_labels).double().mean(dim=1),
+    )
+
+
+def _of_tasks(
+    learner: Learner,
+    sampler: EpisodeSampler,
+    n_episodes: int,
+    tasks_per_batch: int,
+    measure: Callable[[Episode], Float[Tensor, "task ..."]],
+) -> Float[Tensor, "n_episodes ..."]:
+    """A measure of each of the sampler's next tasks, with the learner in evaluation mode, on the CPU."""
     device = next((p.device for p in learner.parameters()), sampler.classes.images.device)
     was_training = learner.training
     learner.eval()
@@ -76,8 +94,7 @@ def accuracies(
         with torch.no_grad():
             for start in range(0, n_episodes, tasks_per_batch):
                 episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
-                correct = learner(episode).argmax(-1) == episode.query_labels  # [task, query]
-                of_batches.append(correct.double().mean(dim=1).cpu())
+                of_batches.append(measure(episode).cpu())
     finally:
         learner.train(was_training)
     return torch.cat(of_batches)
@@ -211,20 +228,14 @@ def instance_accuracies(
     Returns:
         Means over the classes, from 0 to 1, on the CPU.
     """
-    device, k_shot = next(p.device for p in learner.parameters()), sampler.spec.k_shot
-    was_training = learner.training
-    learner.eval()
-    of_batches = []
-    try:
-        with torch.no_grad():
-            for start in range(0, n_episodes, tasks_per_batch):
-                episode = sampler.sample(min(tasks_per_batch, n_episodes - start)).to(device)
-                correct = learner.stream_answers(episode) == episode.support_labels  # [task, time]
-                which = F.one_hot(instances(episode.support_labels, episode.n_way), k_shot)  # [task, time, instance]
-                of_batches.append((correct[..., None] * which).double().sum(1).cpu() / episode.n_way)
-    finally:
-        learner.train(was_training)
-    return torch.cat(of_batches)
+    k_shot = sampler.spec.k_shot
+
+    def by_instance(episode: Episode) -> Float[Tensor, "task instance"]:
+        correct = learner.stream_answers(episode) == episode.support_labels  # [task, time]
+        which = F.one_hot(instances(episode.support_labels, episode.n_way), k_shot)  # [task, time, instance]
+        return (correct[..., None] * which).double().sum(1) / episode.n_way
+
+    return _of_tasks(learner, sampler, n_episodes, tasks_per_batch, by_instance)
 
 
 def evaluate_stream(

@@ -244,7 +244,21 @@ def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
 
 
 @dataclass(frozen=True)
-class PlainLSTMConfig:
+class _ControlConfig:
+    method: str = ""
+    n_way: int = 5
+    hidden_size: int = 200
+    labels: LabelCode = "one-hot"
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, hidden_size=self.hidden_size)
+        check_label_code(self.labels)
+
+
+@dataclass(frozen=True)
+class PlainLSTMConfig(_ControlConfig):
     """The arguments of `PlainLSTM`, for a recorded run.
 
     Args:
@@ -264,15 +278,6 @@ class PlainLSTMConfig:
     """
 
     method: Literal["plain_lstm"] = "plain_lstm"
-    n_way: int = 5
-    hidden_size: int = 200
-    labels: LabelCode = "one-hot"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, hidden_size=self.hidden_size)
-        check_label_code(self.labels)
 
     def build(self, network: Embedding) -> PlainLSTM:
         """The learner with these arguments."""
@@ -313,9 +318,9 @@ class PlainLSTM(StreamLearner):
         finetune_steps: int = PlainLSTMConfig.finetune_steps,
         finetune_lr: float = PlainLSTMConfig.finetune_lr,
     ) -> None:
-        self_config = PlainLSTMConfig("plain_lstm", n_way, hidden_size, labels, finetune_steps, finetune_lr)
+        config = PlainLSTMConfig("plain_lstm", n_way, hidden_size, labels, finetune_steps, finetune_lr)
         super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = self_config
+        self.config = config
         self.enter = nn.Linear(self.input_size, 4 * hidden_size)
         self.recur = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, self.code_size)
@@ -337,7 +342,7 @@ class PlainLSTM(StreamLearner):
 
 
 @dataclass(frozen=True)
-class FeedForwardConfig:
+class FeedForwardConfig(_ControlConfig):
     """The arguments of `FeedForward`, for a recorded run.
 
     Args:
@@ -357,15 +362,6 @@ class FeedForwardConfig:
     """
 
     method: Literal["feed_forward"] = "feed_forward"
-    n_way: int = 5
-    hidden_size: int = 200
-    labels: LabelCode = "one-hot"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, hidden_size=self.hidden_size)
-        check_label_code(self.labels)
 
     def build(self, network: Embedding) -> FeedForward:
         """The learner with these arguments."""
