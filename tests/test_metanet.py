@@ -23,10 +23,14 @@ GENERATORS = ("make_base.", "watch.", "make_key.", "log_sharpness")  # they work
 
 
 class Contrasts(Pixels):
-    """Pixels around zero, so that a ReLU lets some through, whatever the weights."""
+    """Pixels around zero, so that a ReLU lets some through, whatever the weights; a parameter, so that it may learn."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.contrast = torch.nn.Parameter(torch.tensor(10.0))
 
     def embed(self, images: Tensor, n_support: int | None = None) -> Tensor:
-        return 10 * (super().embed(images, n_support) - 0.5)
+        return self.contrast * (super().embed(images, n_support) - 0.5)
 
 
 def small(seed: int = 68, **options: Any) -> MetaNet:
@@ -34,7 +38,9 @@ def small(seed: int = 68, **options: Any) -> MetaNet:
     defaults: dict[str, Any] = {"n_way": 3, "hidden_size": 6, "generator_size": 3, "n_gradients": 2}
     learner = MetaNet(Contrasts(2), **defaults | options).double()
     generator = torch.Generator().manual_seed(seed)
-    for parameter in learner.parameters():
+    for name, parameter in learner.named_parameters():
+        if name == "network.contrast":
+            continue
         parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
     return learner
 
@@ -185,7 +191,7 @@ def test_the_outer_gradient_takes_gradients_as_numbers(random_episode: Episodes)
     through = gradient(learner, loss_of_the_paper(learner, episode, held_fixed=False))
     for name in found:
         assert close(found[name], fixed[name]), name
-    for name in ("base.first", "base.last", "key.first", "key.last"):
+    for name in ("network.contrast", "base.first", "base.last", "key.first", "key.last"):
         assert (found[name] - through[name]).norm() > 0.03 * through[name].norm(), name
 
 
