@@ -88,7 +88,8 @@ class MetaNet(MemoryLearner):
 
     A layer with slow and fast weights transforms its input by both and adds what comes out (layer augmentation):
     `relu(x · slow) + relu(x · fast)`, or without `relu` in the last layer. Gradients are taken as given numbers, as the
-    authors' code does: the outer loop does not differentiate them.
+    authors' code does: the outer loop does not differentiate them. So the last layer of `u`, which serves its loss
+    only, stays as it was drawn.
 
     Two things differ from the paper. The convolutions are shared by `b` and `u` and have slow weights only; layer
     augmentation is for the fully connected layers. And cosines are multiplied by a learned number.
