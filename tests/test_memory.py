@@ -61,7 +61,7 @@ def small(normalization: Normalization = "group") -> ConvNet:
 
 
 def learner(name: str, normalization: Normalization = "group", *, n_way: int = 3, **more: Any) -> MemoryLearner:
-    torch.manual_seed(3)  # of this seed some of MetaNet's fast weights are positive: ReLU passes them, and a gradient
+    torch.manual_seed(3)
     return METHODS[name](small(normalization), n_way=n_way, **more).double().eval()
 
 

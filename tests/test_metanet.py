@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
-from metatutor.backbones import Pixels
+from metatutor.backbones import ConvNet, Pixels
 from metatutor.episodes import Episode
 from metatutor.memory import MetaNet
 from metatutor.memory.metanet import FastMemory, TwoLayers
@@ -87,18 +87,18 @@ class Paper:
         return tuple(g.detach() for g in found) if self.held_fixed else found
 
     def weight_by_weight(self, make: Callable[..., Tensor], gradients: list[Tensor]) -> Tensor:
-        """Each weight from its own gradients: one number for each image."""
+        """Each weight from its own gradients, one number for each image; then less the mean of the layer."""
         shape = gradients[0].shape
         rows = [[make(*[g[i, j] for g in gradients]) for j in range(shape[1])] for i in range(shape[0])]
-        return torch.stack([torch.stack(row) for row in rows])
+        made = torch.stack([torch.stack(row) for row in rows])
+        return made - made.sum() / made.numel()
 
     def base_weight(self, gradient: Tensor) -> Tensor:
         """A network of three layers."""
         layers = [layer for layer in self.learner.make_base if isinstance(layer, torch.nn.Linear)]
         x = of_any_size(gradient)
         for number, layer in enumerate(layers):
-            x = layer.weight @ x + layer.bias
-            x = x if number == 2 else x.relu()
+            x = layer.weight @ x if number == 2 else (layer.weight @ x + layer.bias).relu()
         assert len(layers) == 3
         return x[0]
 
@@ -112,7 +112,7 @@ class Paper:
             enter, keep, new, show = z[:size], z[size : 2 * size], z[2 * size : 3 * size], z[3 * size :]
             c = torch.sigmoid(keep) * c + torch.sigmoid(enter) * torch.tanh(new)
             h = torch.sigmoid(show) * torch.tanh(c)
-        return (self.learner.make_key.weight @ h + self.learner.make_key.bias)[0]
+        return (self.learner.make_key.weight @ h)[0]
 
     def hidden(self, layers: TwoLayers, x: Tensor, fast: Tensor) -> Tensor:
         """Layer augmentation."""
@@ -218,7 +218,7 @@ def test_the_outer_gradient_of_the_generators_against_finite_differences(random_
     """Of them alone: all others make gradients, which the outer loop does not differentiate."""
     learner, episode = small(), random_episode(2)
     names = [name for name, _ in learner.named_parameters() if name.startswith(GENERATORS)]
-    assert len(names) == 6 + 4 + 2 + 1
+    assert len(names) == 5 + 4 + 1 + 1
     parameters = [learner.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
     def loss(*values: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ def test_behind_the_first_images_the_support_set_is_a_set(random_episode: Episod
 
 
 def test_a_generator_works_weight_by_weight():
-    """Permuted gradients make permuted fast weights; another gradient changes its own weight only."""
+    """Permuted gradients make permuted fast weights; another gradient changes its own weight, and the layer's mean."""
     learner, generator = small(), torch.Generator().manual_seed(1)
     gradients = torch.randn(2, 5, 4, 3, dtype=torch.float64, generator=generator)
     order = torch.randperm(12, generator=generator)
@@ -298,9 +298,25 @@ def test_a_generator_works_weight_by_weight():
         found = make(gradients)
         assert found.shape == shape
         assert close(make(permuted(gradients)), permuted(found))
-        moved = (make(other) - found).abs() > 1e-9
-        assert moved.sum() == 1
-        assert moved[(1, 3, 2, 1) if len(shape) == 4 else (1, 2, 1)]
+        change = make(other) - found
+        layer, at = ((1, 3), (2, 1)) if len(shape) == 4 else ((1,), (2, 1))
+        of_mean = -change[layer][at] / 11  # what its change takes from each of the eleven others
+        assert of_mean.abs() > 1e-6
+        expected = torch.zeros_like(change)
+        expected[layer] = of_mean
+        expected[(*layer, *at)] = -11 * of_mean
+        assert close(change, expected)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_generator_is_dead_at_first(seed: int):
+    """Embeddings are not negative: fast weights that are all negative would be hidden by the ReLU, for good."""
+    torch.manual_seed(seed)
+    learner = MetaNet(ConvNet(filters=8, normalization="group", hidden=(32,)))
+    images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+    learner.meta_loss(Episode(images, labels, images, labels, n_way=5)).backward()
+    silent = {name for name, p in learner.named_parameters() if p.grad is None or not p.grad.any()}
+    assert silent == {"key.last"}
 
 
 def test_the_order_of_gradients_matters_to_keys_and_tasks_do_not_mix():

@@ -91,8 +91,10 @@ class MetaNet(MemoryLearner):
     authors' code does: the outer loop does not differentiate them. So the last layer of `u`, which serves its loss
     only, stays as it was drawn.
 
-    Two things differ from the paper. The convolutions are shared by `b` and `u` and have slow weights only; layer
-    augmentation is for the fully connected layers. And cosines are multiplied by a learned number.
+    Three things differ from the paper. The convolutions are shared by `b` and `u` and have slow weights only; layer
+    augmentation is for the fully connected layers. Cosines are multiplied by a learned number. And the fast weights of
+    a layer are taken less their mean: embeddings are never negative, so that fast weights of one sign would switch a
+    ReLU on or off for all images alike, and one that is off for all stays off for good.
 
     Args:
         network: the embedding.
@@ -137,10 +139,10 @@ class MetaNet(MemoryLearner):
             nn.ReLU(),
             nn.Linear(generator_size, generator_size),
             nn.ReLU(),
-            nn.Linear(generator_size, 1),
+            nn.Linear(generator_size, 1, bias=False),
         )
         self.watch = nn.LSTM(2, generator_size)
-        self.make_key = nn.Linear(generator_size, 1)
+        self.make_key = nn.Linear(generator_size, 1, bias=False)
         self.log_sharpness = nn.Parameter(torch.tensor(2.0))
 
     def answer(self, episode: Episode) -> Logits:
@@ -191,14 +193,27 @@ class MetaNet(MemoryLearner):
 
     def base_weights(self, gradient: Float[Tensor, "task support *weight"]) -> Float[Tensor, "task support *weight"]:
         """Fast weights of the base learner: each from its own gradient alone."""
-        return self.make_base(preprocess(gradient.flatten())).view_as(gradient)
+        return centred(self.make_base(preprocess(gradient.flatten())).view_as(gradient))
 
     def key_weights(self, gradients: Float[Tensor, "task seen *weight"]) -> Float[Tensor, "task ..."]:
         """Fast weights of the key function: each from its gradients on several images, one after another."""
         n_seen = gradients.shape[1]
         seen = preprocess(gradients.transpose(0, 1).flatten()).view(n_seen, -1, 2)
         watched = self.watch(seen)[0][-1]
-        return self.make_key(watched).view(gradients[:, 0].shape)
+        return centred(self.make_key(watched).view(gradients[:, 0].shape))
+
+
+def centred(weights: Float[Tensor, "... output input"]) -> Float[Tensor, "... output input"]:
+    """The weights of a layer less their mean.
+
+    Args:
+        weights: of one layer, or of many.
+
+    Example:
+        >>> centred(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).tolist()
+        [[-2.0, -1.0], [0.0, 3.0]]
+    """
+    return weights - weights.mean((-2, -1), keepdim=True)
 
 
 class TwoLayers(nn.Module):

@@ -242,7 +242,7 @@ def visible(n_items: int, n_support: int, device: torch.device) -> Bool[Tensor, 
         Mishra et al. (2018), section 3.1.
     """
     places = torch.arange(n_items, device=device)
-    before = (places < places.clamp_max(n_support)[:, None]) & (places < n_support)
+    before = places < places.clamp_max(n_support)[:, None]
     return before | torch.eye(n_items, dtype=torch.bool, device=device)
 
 
