@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from metatutor import learner as learner_module
-from metatutor.backbones import ConvNet, Pixels
+from metatutor.backbones import ConvNet, Normalization, Pixels
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec, StreamSampler
 from metatutor.evaluation import confidence95, instance_accuracies, instances
 from metatutor.memory import MANN, FeedForward, MANNConfig, PlainLSTM
@@ -463,6 +463,20 @@ def test_a_batch_of_tasks_is_the_tasks_one_by_one(name: str):
     assert close(method.stream_logits(tasks), torch.cat([method.stream_logits(task) for task in alone]))
     assert close(method.meta_loss(tasks), torch.stack([method.meta_loss(task) for task in alone]).mean())
     assert torch.equal(method.stream_answers(tasks), torch.cat([method.stream_answers(task) for task in alone]))
+
+
+@pytest.mark.parametrize("normalization", ["batch", "support", "group"])
+def test_a_network_normalises_each_stream_by_itself(normalization: Normalization):
+    """With "group" each image by itself: then, and only then, does no later image change an earlier answer."""
+    torch.manual_seed(0)
+    network = ConvNet(filters=4, n_blocks=2, image_size=8, normalization=normalization)
+    method, tasks = small_mann(network, n_way=3).double(), stream(3)
+    alone = [method.stream_logits(tasks.task(i)) for i in range(3)]
+    assert close(method.stream_logits(tasks), torch.cat(alone))
+    images = tasks.support_images.clone()
+    images[:, -1] = 1 - images[:, -1]
+    changed = differs(method.stream_logits(replace(tasks, support_images=images)), torch.cat(alone))
+    assert changed == [normalization != "group"] * 5 + [True]
 
 
 @pytest.mark.parametrize("network", [Pixels(3), ConvNet(filters=4, n_blocks=2, image_size=8, normalization="batch")])
