@@ -165,7 +165,7 @@ class PlainMANN(nn.Module):
 
     def gradients(self) -> list[Tensor]:
         """The gradients, put together as those of a MANN, in the order of its parameters."""
-        of = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+        of = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.named_parameters()}
         enter, of_read = of["controller.weight_ih"].tensor_split([-self.config.heads * self.config.width], dim=1)
         recur = torch.cat([of["controller.weight_hh"], of_read], dim=1)
         parts = [f"heads.{i}.{part}" for part in ("key", "gate", "strength") for i in range(self.config.heads)]
