@@ -266,10 +266,11 @@ def evaluate_stream(
         ValueError: if there are fewer than 2 episodes, or the classes are too few for the spec.
 
     Example:
-        >>> from metatutor import ConvNet, Strokes
+        >>> from metatutor import Strokes
+        >>> from metatutor.backbones import Pixels
         >>> from metatutor.memory import PlainLSTM
         >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().test
-        >>> learner = PlainLSTM(ConvNet(filters=4))
+        >>> learner = PlainLSTM(Pixels(20))
         >>> len(evaluate_stream(learner, classes, EpisodeSpec(5, 3, 1), n_episodes=10).accuracy_by_instance)
         3
 

@@ -1,7 +1,8 @@
 """Recorded runs: a configuration from which anyone can retrain, and what came of it.
 
 A run is a folder of `results/` with `config.json`, `history.csv`, `model.safetensors` and `evaluation.json`.
-This module reads them, and makes them.
+This module reads them, and makes them. Weights of more than 2 MB are recorded in half precision; what is evaluated
+is always what was recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save
 
 from metatutor.backbones import MLP, ConvNet, Normalization, Pixels, Pooling
 from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, PretrainedFinetunedConfig, ScratchConfig
@@ -77,6 +78,7 @@ _ONE_HEAD = MAMLConfig | ReptileConfig | ImplicitMAMLConfig | MetaLSTMConfig | S
 _STREAM = MANNConfig | PlainLSTMConfig | FeedForwardConfig
 _READS_LABELS = _STREAM | MetaNetConfig | SNAILConfig  # of so many classes only
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluation.json")
+WEIGHTS_LIMIT = 2_000_000  # bytes of a model.safetensors
 _VALIDATION_SEED = 1_000_003  # far from the seeds of training and test
 
 
@@ -521,6 +523,17 @@ def _read_parameters(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is damaged ({error}); reproduce the run to make it anew") from None
 
 
+def _write_parameters(learner: Learner, path: Path) -> None:
+    """Record the parameters, in half precision if they are many, and let the learner have what was recorded."""
+    parameters = {name: tensor.contiguous().cpu() for name, tensor in learner.state_dict().items()}
+    written = save(parameters)
+    if len(written) > WEIGHTS_LIMIT:
+        written = save({name: t.half() if t.is_floating_point() else t for name, t in parameters.items()})
+    with replacing(path) as temporary:
+        temporary.write_bytes(written)
+    load_parameters(learner, load(written), path)
+
+
 def run_training(
     config: RunConfig,
     folder: Path,
@@ -561,8 +574,7 @@ def run_training(
             progress_bar=progress_bar,
         )
         learner.finish()
-        with replacing(folder / "model.safetensors") as temporary:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in learner.state_dict().items()}, temporary)
+        _write_parameters(learner, folder / "model.safetensors")
         write_history(history, folder / "history.csv")
     evaluation = evaluate_learner(learner, splits, config)
     with replacing(folder / "evaluation.json") as temporary:

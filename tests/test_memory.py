@@ -52,8 +52,16 @@ CONFIGS = {
     "metanet": (MetaNet, MetaNetConfig),
     "snail": (SNAIL, SNAILConfig),
 }
+STREAMS = ("mann", "mann, letters", "plain_lstm", "feed_forward")  # which name every image by itself
 every_method = pytest.mark.parametrize("name", METHODS)
+every_method_of_sets = pytest.mark.parametrize("name", [name for name in METHODS if name not in STREAMS])
 every_config = pytest.mark.parametrize("method", CONFIGS)
+
+
+def policies(*of_sets: Normalization) -> pytest.MarkDecorator:
+    """Every method with the policy that suits it, and methods that are no streams with others."""
+    others = [(name, policy) for name in METHODS if name not in STREAMS for policy in of_sets]
+    return pytest.mark.parametrize(("name", "normalization"), [(name, "group") for name in METHODS] + others)
 
 
 def small(normalization: Normalization = "group") -> ConvNet:
@@ -90,8 +98,7 @@ def test_any_way_it_was_made_for_and_any_shot(name: str, n_way: int, k_shot: int
         assert close(method.meta_loss(episode), expected)
 
 
-@every_method
-@pytest.mark.parametrize("normalization", ["batch", "support", "group"])
+@policies("batch", "support")
 def test_a_batch_of_tasks_is_the_tasks_one_by_one(name: str, normalization: Normalization, random_episode: Episodes):
     method, tasks = learner(name, normalization), random_episode(3)
     alone = [tasks.task(i) for i in range(3)]
@@ -99,10 +106,12 @@ def test_a_batch_of_tasks_is_the_tasks_one_by_one(name: str, normalization: Norm
     assert close(method.meta_loss(tasks), torch.stack([method.meta_loss(task) for task in alone]).mean())
 
 
-@every_method
-def test_tasks_side_by_side_are_tasks_in_turn(name: str, random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
+@policies("batch", "support")
+def test_tasks_side_by_side_are_tasks_in_turn(
+    name: str, normalization: Normalization, random_episode: Episodes, monkeypatch: pytest.MonkeyPatch
+):
     """What a GPU does, and what a CPU does."""
-    method, tasks = learner(name, "support"), random_episode(3)
+    method, tasks = learner(name, normalization), random_episode(3)
     in_turn, loss = method(tasks), method.meta_loss(tasks)
     side_by_side = partial(learner_module.each_task, side_by_side=True)
     monkeypatch.setattr(learner_module, "each_task", side_by_side)
@@ -124,8 +133,7 @@ def test_permuting_queries_permutes_logits(name: str, random_episode: Episodes):
     assert close(method(permuted), method(episode)[:, order])
 
 
-@every_method
-@pytest.mark.parametrize("normalization", ["support", "group"])
+@policies("support")
 @pytest.mark.parametrize("query", [0, 3, 5])
 def test_a_query_never_changes_anothers_logits(
     name: str, normalization: Normalization, query: int, random_episode: Episodes
@@ -140,7 +148,7 @@ def test_a_query_never_changes_anothers_logits(
     assert not close(after[:, query], before[:, query])
 
 
-@every_method
+@every_method_of_sets
 def test_with_batch_normalization_it_does(name: str, random_episode: Episodes):
     method, episode = learner(name, "batch"), random_episode()
     assert method.transductive
@@ -223,7 +231,7 @@ def test_learns_one_episode_by_heart(name: str, random_episode: Episodes):
 def test_same_seed_same_run_bit_for_bit(name: str, class_images: Callable[..., ClassImages]):
     def run(seed: int) -> tuple[dict[str, Tensor], list[float]]:
         torch.manual_seed(seed)
-        method = METHODS[name](small("batch"), n_way=3)
+        method = METHODS[name](small(), n_way=3)
         sampler = method.sampler(class_images(), EpisodeSpec(3, 2, 2), seed=seed)
         config = TrainConfig(iterations=3, tasks_per_step=2, warmup=0, log_every=1)
         history = train(method, sampler, config, progress_bar=False, device="cpu")

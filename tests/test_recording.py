@@ -17,6 +17,7 @@ from metatutor.baselines import NearestPixelsConfig, PretrainedCosineConfig, Pre
 from metatutor.data import Strokes
 from metatutor.episodes import ClassImages, StreamSampler
 from metatutor.evaluation import ByInstance, Evaluation, Regression, evaluate_stream, instance_accuracies
+from metatutor.learner import Learner
 from metatutor.memory import MANN, FeedForwardConfig, MANNConfig, MetaNetConfig, PlainLSTMConfig, SNAILConfig
 from metatutor.metric import MatchingConfig, PrototypicalConfig, RelationConfig, SiameseConfig
 from metatutor.optimization import MAMLConfig
@@ -325,6 +326,29 @@ def test_a_configuration_of_pixels(few_strokes: None) -> None:
     assert learner.network.embedding_size == 16
     with pytest.raises(ValueError, match=r"config.json: network\..*kind"):
         parse_config(config_text(STREAM).replace('"pixels"', '"pixel"'))
+
+
+def test_many_weights_are_recorded_in_half_precision_and_evaluated_so(
+    few_strokes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_training(STREAM, tmp_path / "whole", device="cpu", progress_bar=False)
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    assert {t.dtype for t in whole.values()} == {torch.float32}
+
+    monkeypatch.setattr(recording, "WEIGHTS_LIMIT", (tmp_path / "whole" / "model.safetensors").stat().st_size - 1)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(learner: Learner, *_: object) -> object:
+        seen.append({name: tensor.clone() for name, tensor in learner.state_dict().items()})
+        return found
+
+    monkeypatch.setattr(recording, "evaluate_learner", evaluate)
+    run_training(STREAM, tmp_path / "half", device="cpu", progress_bar=False)
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float16
+        torch.testing.assert_close(tensor, whole[name].half(), rtol=0, atol=0)  # the same training
+        torch.testing.assert_close(seen[0][name], tensor.float(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("learner", [MAMLConfig(), ScratchConfig()], ids=lambda learner: learner.method)

@@ -1,9 +1,9 @@
 """Memory-based meta-learning: write the support set down, look it up when asked."""
 
+from metatutor.memory.controls import FeedForward, FeedForwardConfig, PlainLSTM, PlainLSTMConfig
 from metatutor.memory.mann import MANN, MANNConfig
 from metatutor.memory.metanet import MetaNet, MetaNetConfig
 from metatutor.memory.snail import SNAIL, SNAILConfig
-from metatutor.memory.stream import FeedForward, FeedForwardConfig, PlainLSTM, PlainLSTMConfig
 
 __all__ = [
     "MANN",

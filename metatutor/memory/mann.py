@@ -14,7 +14,8 @@ from metatutor.backbones import Embedding
 from metatutor.episodes import Episode
 from metatutor.learner import without_method
 from metatutor.memory.base import check_memory
-from metatutor.memory.stream import LabelCode, StreamLearner, check_label_code, lstm, remember, told_late
+from metatutor.memory.codes import LabelCode, check_label_code
+from metatutor.memory.stream import StreamLearner, lstm, remember, told_late
 
 EPSILON = 1e-8
 
@@ -31,8 +32,8 @@ class MANNConfig:
         ValueError: if an argument is out of range.
 
     Example:
-        >>> from metatutor import ConvNet
-        >>> MANNConfig(slots=16).build(ConvNet(filters=8)).config.slots
+        >>> from metatutor.backbones import Pixels
+        >>> MANNConfig(slots=16).build(Pixels(20)).config.slots
         16
 
     Reference:
@@ -69,8 +70,8 @@ class Memory(NamedTuple):
     """What a MANN knows of its tasks: the controller's state, and the memory with its bookkeeping.
 
     Example:
-        >>> from metatutor import ConvNet
-        >>> MANN(ConvNet(filters=8), slots=16, width=4).start(2).matrix.shape
+        >>> from metatutor.backbones import Pixels
+        >>> MANN(Pixels(20), slots=16, width=4).start(2).matrix.shape
         torch.Size([2, 16, 4])
 
     Reference:
@@ -216,7 +217,7 @@ class MANN(StreamLearner):
 
 
 def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "task head slot"]:
-    """For each head a slot of its own, marked by 1: the least used one, the next, and so on.
+    """For each head a slot of its own, marked by 1: the least used one, the next, and so on; of equals the first.
 
     Args:
         usage: of every slot.
@@ -229,7 +230,7 @@ def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "
     Reference:
         Santoro et al. (2016), equation 6.
     """
-    slots = usage.topk(heads, largest=False).indices
+    slots = usage.sort(stable=True).indices[:, :heads]
     return F.one_hot(slots, usage.shape[1]).to(usage.dtype)
 
 

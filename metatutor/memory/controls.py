@@ -1,0 +1,204 @@
+"""Two controls that have no memory to write: what a memory is worth is what it adds to them.
+
+`PlainLSTM` remembers in its own state, `FeedForward` not at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.backbones import Embedding
+from metatutor.learner import without_method
+from metatutor.memory.base import check_memory
+from metatutor.memory.codes import LabelCode, check_label_code
+from metatutor.memory.stream import State, StreamLearner, lstm, remember
+
+
+@dataclass(frozen=True)
+class _ControlConfig:
+    method: str = ""
+    n_way: int = 5
+    hidden_size: int = 200
+    labels: LabelCode = "one-hot"
+    finetune_steps: int = 0
+    finetune_lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, hidden_size=self.hidden_size)
+        check_label_code(self.labels)
+
+
+@dataclass(frozen=True)
+class PlainLSTMConfig(_ControlConfig):
+    """The arguments of `PlainLSTM`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        n_way: see `PlainLSTM`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor.backbones import Pixels
+        >>> PlainLSTMConfig(n_way=3).build(Pixels(20)).n_way
+        3
+
+    Reference:
+        Santoro et al. (2016), section 4.1.
+    """
+
+    method: Literal["plain_lstm"] = "plain_lstm"
+
+    def build(self, network: Embedding) -> PlainLSTM:
+        """The learner with these arguments."""
+        return PlainLSTM(network, **without_method(self))
+
+
+class PlainLSTM(StreamLearner):
+    """The control with a short memory: an LSTM that has nothing but its own state.
+
+    Args:
+        network: the embedding.
+        n_way: classes in a task.
+        hidden_size: of the LSTM.
+        labels: see `StreamLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways.
+
+    Example:
+        >>> import torch
+        >>> from metatutor import Episode
+        >>> from metatutor.backbones import Pixels
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> PlainLSTM(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Santoro et al. (2016), section 4.1; Hochreiter, Younger & Conwell (2001).
+    """
+
+    def __init__(
+        self,
+        network: Embedding,
+        *,
+        n_way: int = PlainLSTMConfig.n_way,
+        hidden_size: int = PlainLSTMConfig.hidden_size,
+        labels: LabelCode = PlainLSTMConfig.labels,
+        finetune_steps: int = PlainLSTMConfig.finetune_steps,
+        finetune_lr: float = PlainLSTMConfig.finetune_lr,
+    ) -> None:
+        config = PlainLSTMConfig("plain_lstm", n_way, hidden_size, labels, finetune_steps, finetune_lr)
+        super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = config
+        self.enter = nn.Linear(self.input_size, 4 * hidden_size)
+        self.recur = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, self.code_size)
+        remember(self.enter, hidden_size)
+
+    def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time gates"]:
+        """What the images and labels add to the gates."""
+        return self.enter(seen)
+
+    def start(self, n_tasks: int) -> State:
+        """Zeros: output and cell."""
+        zeros = self.out.weight.new_zeros(n_tasks, self.config.hidden_size)
+        return zeros, zeros
+
+    def step(self, state: State, prepared: Float[Tensor, "task gates"]) -> tuple[State, Float[Tensor, "task code"]]:
+        """One step of the LSTM."""
+        h, c = lstm(prepared + self.recur(state[0]), state[1])
+        return (h, c), self.out(h)
+
+
+@dataclass(frozen=True)
+class FeedForwardConfig(_ControlConfig):
+    """The arguments of `FeedForward`, for a recorded run.
+
+    Args:
+        method: the tag of this learner in `config.json`.
+        n_way: see `FeedForward`, as are the others.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> from metatutor.backbones import Pixels
+        >>> FeedForwardConfig(n_way=3).build(Pixels(20)).n_way
+        3
+
+    Reference:
+        Santoro et al. (2016), section 4.1.
+    """
+
+    method: Literal["feed_forward"] = "feed_forward"
+
+    def build(self, network: Embedding) -> FeedForward:
+        """The learner with these arguments."""
+        return FeedForward(network, **without_method(self))
+
+
+class FeedForward(StreamLearner):
+    """The control without any memory: two layers that see an image and the label of the one before.
+
+    Since classes are numbered at random in every stream, there is nothing it could learn but to name another class
+    than the one just told.
+
+    Args:
+        network: the embedding.
+        n_way: classes in a task.
+        hidden_size: of the hidden layer.
+        labels: see `StreamLearner`.
+        finetune_steps: see `EmbeddingLearner`.
+        finetune_lr: see `EmbeddingLearner`.
+
+    Raises:
+        ValueError: if an argument is out of range, or an episode has other ways.
+
+    Example:
+        >>> import torch
+        >>> from metatutor import Episode
+        >>> from metatutor.backbones import Pixels
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> FeedForward(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Santoro et al. (2016), section 4.1.
+    """
+
+    def __init__(
+        self,
+        network: Embedding,
+        *,
+        n_way: int = FeedForwardConfig.n_way,
+        hidden_size: int = FeedForwardConfig.hidden_size,
+        labels: LabelCode = FeedForwardConfig.labels,
+        finetune_steps: int = FeedForwardConfig.finetune_steps,
+        finetune_lr: float = FeedForwardConfig.finetune_lr,
+    ) -> None:
+        config = FeedForwardConfig("feed_forward", n_way, hidden_size, labels, finetune_steps, finetune_lr)
+        super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+        self.config = config
+        self.hidden = nn.Linear(self.input_size, hidden_size)
+        self.out = nn.Linear(hidden_size, self.code_size)
+
+    def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time code"]:
+        """The answers themselves: nothing depends on what came before."""
+        return self.out(F.relu(self.hidden(seen)))
+
+    def start(self, n_tasks: int) -> State:
+        """No state."""
+        return ()
+
+    def step(self, state: State, prepared: Float[Tensor, "task code"]) -> tuple[State, Float[Tensor, "task code"]]:
+        """The answer that `prepare` has given."""
+        return (), prepared
