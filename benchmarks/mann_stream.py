@@ -126,7 +126,7 @@ class PlainMANN(nn.Module):
         for t in range(n_images):
             h, cell = self.controller(torch.cat([pixels[:, t], told[:, t], *reads], dim=1), (h, cell))
             wanted = [head(h) for head in self.heads]
-            unused = usage.topk(config.heads, largest=False).indices
+            unused = usage.sort(stable=True).indices[:, : config.heads]
             before, read_weights = read_weights, []
             for i, (key, _, strength) in enumerate(wanted):
                 similarity = F.cosine_similarity(key.unsqueeze(1), memory, dim=2)
