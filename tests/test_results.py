@@ -45,3 +45,25 @@ def test_recorded_weights_give_the_recorded_accuracy(name: str):
         assert isinstance(found, Evaluation) and found.n_query == recorded["n_query"]
         measured = [(found.accuracy, recorded["accuracy"], recorded["ci95"])]
     assert all(abs(again - expected) < errors * ci95 for again, expected, ci95 in measured)
+
+
+STREAMS = [name for name in run_names() if load_run(name).config.evaluation.stream]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_first_instances_of_a_stream_are_guessed(name: str) -> None:
+    """Who guesses among the labels not yet told is right with 1/n, 1/(n - 1), ..., 1; more is a leak."""
+    recorded = load_run(name).evaluation
+    n_way, first = recorded["n_way"], recorded["accuracy_by_instance"][0]
+    honest = sum(1 / (n_way - told) for told in range(n_way)) / n_way
+    assert 1 / n_way - recorded["ci95_by_instance"][0] < first < honest
+    if n_way == 5:
+        assert first < 0.37  # the paper's own MANN: 36.4%
+
+
+def test_what_a_memory_adds_to_a_stream() -> None:
+    mann, lstm, none = (
+        load_run(f"omniglot-{method}-5w-stream").evaluation["accuracy_by_instance"]
+        for method in ("mann", "lstm", "feedforward")
+    )
+    assert all(mann[i] > lstm[i] + 0.1 > none[i] + 0.2 for i in range(1, 10))
