@@ -90,4 +90,4 @@ def test_what_a_memory_adds_to_a_stream() -> None:
         load_run(f"omniglot-{method}-5w-stream").evaluation["accuracy_by_instance"]
         for method in ("mann", "lstm", "feedforward")
     )
-    assert all(mann[i] > lstm[i] + 0.1 > none[i] + 0.2 for i in range(1, 10))
+    assert all(mann[i] > lstm[i] + 0.05 > none[i] + 0.5 for i in range(1, 10))
