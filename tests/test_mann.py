@@ -222,6 +222,15 @@ def test_among_slots_used_equally_each_head_gets_one_of_its_own():
     assert marked[0].sum(0).tolist() == [0, 1, 1, 1, 0]
 
 
+def test_of_slots_used_equally_the_first_are_taken():
+    """The same on every machine, and as many slots as in the paper: an unstable choice shows in large memories only."""
+    usage = torch.zeros(3, 128)
+    usage[1, :50] = 1.0
+    usage[2, ::2] = 1.0
+    chosen = least_used(usage, heads=4).argmax(-1).tolist()
+    assert chosen == [[0, 1, 2, 3], [50, 51, 52, 53], [1, 3, 5, 7]]
+
+
 def test_write_by_a_loop():
     matrix, weights, keys = noise(2, 5, 3), noise(2, 2, 5, seed=1).softmax(-1), noise(2, 2, 3, seed=2)
     unused = least_used(noise(2, 5, seed=3), 2)

@@ -64,7 +64,7 @@ class PlainLSTM(StreamLearner):
     """The control with a short memory: an LSTM that has nothing but its own state.
 
     Args:
-        network: the embedding.
+        network: see `StreamLearner`.
         n_way: classes in a task.
         hidden_size: of the LSTM.
         labels: see `StreamLearner`.
@@ -72,7 +72,8 @@ class PlainLSTM(StreamLearner):
         finetune_lr: see `EmbeddingLearner`.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways.
+        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+            ways.
 
     Example:
         >>> import torch
@@ -153,7 +154,7 @@ class FeedForward(StreamLearner):
     than the one just told.
 
     Args:
-        network: the embedding.
+        network: see `StreamLearner`.
         n_way: classes in a task.
         hidden_size: of the hidden layer.
         labels: see `StreamLearner`.
@@ -161,7 +162,8 @@ class FeedForward(StreamLearner):
         finetune_lr: see `EmbeddingLearner`.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways.
+        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+            ways.
 
     Example:
         >>> import torch

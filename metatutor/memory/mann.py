@@ -121,7 +121,8 @@ class MANN(StreamLearner):
         finetune_lr: see `EmbeddingLearner`.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways.
+        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+            ways.
 
     Example:
         >>> from metatutor import Episode
