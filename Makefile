@@ -8,7 +8,7 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := $(sort $(filter-out benchmarks/turns.py,$(wildcard benchmarks/[a-z]*.py)))
+BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast
 export JUPYTER_PREFER_ENV_PATH := 1

@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import turns
+import harness
 import tyro
 from torch import Tensor, nn
 from torch.func import functional_call
-from turns import Prepared, compare, difference, refuse_differences
+from harness import Prepared, compare, difference, refuse_differences
 
 from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode
@@ -41,7 +41,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Config(turns.Config):
+class Config(harness.Config):
     """What to measure, and how.
 
     Args:
@@ -205,7 +205,7 @@ def meta_gradient(implementation: Implementation, setting: Setting) -> list[Tens
     """The meta-gradient in float64, one tensor a parameter."""
     module, backward = implementation(*setting.build(torch.float64))
     backward()
-    return turns.gradients(module)
+    return harness.gradients(module)
 
 
 def check(setting: Setting, names: Sequence[str]) -> dict[str, float]:

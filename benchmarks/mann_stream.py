@@ -19,10 +19,10 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-import turns
+import harness
 import tyro
 from torch import Tensor, nn
-from turns import TOLERANCE, Prepared, compare, difference, refuse_differences
+from harness import TOLERANCE, Prepared, compare, difference, refuse_differences
 
 from metatutor.backbones import Pixels
 from metatutor.episodes import Episode
@@ -33,7 +33,7 @@ SETTINGS = ("5w-10i",)
 
 
 @dataclass(frozen=True)
-class Config(turns.Config):
+class Config(harness.Config):
     """What to measure, and how.
 
     Args:
@@ -204,7 +204,7 @@ def gradient(implementation: Implementation, setting: Setting) -> list[Tensor]:
     """The gradient in float64, one tensor a parameter of the MANN."""
     module, backward = implementation(*setting.build(torch.float64))
     backward()
-    return module.gradients() if isinstance(module, PlainMANN) else turns.gradients(module)
+    return module.gradients() if isinstance(module, PlainMANN) else harness.gradients(module)
 
 
 def check(setting: Setting, names: Sequence[str]) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.twice import EPSILON, batch_norm, conv2d, max_pool2d
+from metatutor.double_backward import EPSILON, batch_norm, conv2d, max_pool2d
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]

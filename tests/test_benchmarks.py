@@ -10,14 +10,14 @@ import maml_step
 import mann_stream
 import pytest
 import torch
-import turns
+import harness
 from maml_step import Config, Setting, check, main, plain_loop
 
 SMALL = Config(settings=("strided-1q-1s",), peers=("plain loop",), rounds=1, tasks=2, filters=8)
 
 
 def test_all_that_are_installed_give_the_same_gradient() -> None:
-    names, _ = turns.chosen(Config(), maml_step.IMPLEMENTATIONS, maml_step.PACKAGES)
+    names, _ = harness.chosen(Config(), maml_step.IMPLEMENTATIONS, maml_step.PACKAGES)
     differences = check(Setting("pooled-1q-5s", tasks=2, filters=8, device="cpu"), names)
     assert {"metatutor", "plain loop"} <= set(differences)
 
@@ -62,7 +62,7 @@ STREAMS = mann_stream.Setting("5w-2i", tasks=2, device="cpu")
 
 def test_ours_and_the_plain_loop_give_the_same_gradient_of_a_stream() -> None:
     differences = mann_stream.check(STREAMS, list(mann_stream.IMPLEMENTATIONS))
-    assert 0 < differences["metatutor"] < turns.TOLERANCE
+    assert 0 < differences["metatutor"] < harness.TOLERANCE
     assert differences["plain loop"] == 0
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import metatutor
-from metatutor import twice
+from metatutor import double_backward
 
 PACKAGE = Path(metatutor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -26,7 +26,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # From the lowest up. A file or folder may import from the floors below its own; on the ground floor also next door.
 FLOORS = (
-    {"episodes", "backbones", "twice", "allocator"},
+    {"episodes", "backbones", "double_backward", "allocator"},
     {"data", "learner"},
     {"metric", "optimization", "memory", "baselines"},
     {"training", "evaluation", "analysis"},
@@ -127,7 +127,7 @@ def test_a_convolution_is_not_written_twice():
     for name, tree in MODULES.items():
         classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
         assert not [c.name for c in classes if re.fullmatch(r"Meta(Conv|Linear|BatchNorm|Module|Sequential).*", c.name)]
-        if name not in ("metatutor.backbones", "metatutor.twice"):
+        if name not in ("metatutor.backbones", "metatutor.double_backward"):
             assert not [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "conv2d" in ast.unparse(n.func)], name
 
 
@@ -239,4 +239,4 @@ def test_a_configuration_has_the_defaults_of_its_learner(name: str):
 
 def test_shapes_are_checked_at_run_time():
     with pytest.raises(jaxtyping.TypeCheckError):
-        twice.conv2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3))  # two channels, one channel
+        double_backward.conv2d(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3))  # two channels, one channel

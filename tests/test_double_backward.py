@@ -12,7 +12,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.func import grad as func_grad
 from torch.func import vmap
 
-from metatutor import twice
+from metatutor import double_backward
 
 GEOMETRIES = [(1, 0), (1, 1), (2, 0), (2, 1), (3, 2)]  # stride, padding
 
@@ -64,7 +64,7 @@ def test_convolution_against_finite_differences(stride: int, padding: int):
     inputs = (leaf(2, 2, 5, 4), leaf(3, 2, 3, 3, seed=1))
 
     def conv(images: Tensor, weight: Tensor) -> Tensor:
-        return twice.conv2d(images, weight, stride=stride, padding=padding)
+        return double_backward.conv2d(images, weight, stride=stride, padding=padding)
 
     assert gradcheck(conv, inputs)
     assert gradgradcheck(conv, inputs)
@@ -72,7 +72,7 @@ def test_convolution_against_finite_differences(stride: int, padding: int):
 
 def test_third_derivative_of_the_convolution_against_finite_differences():
     def gradient(images: Tensor, weight: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
-        return grad(twice.conv2d(images, weight, stride=2, padding=1), (images, weight), direction, create_graph=True)
+        return grad(double_backward.conv2d(images, weight, stride=2, padding=1), (images, weight), direction, create_graph=True)
 
     assert gradgradcheck(gradient, (leaf(1, 2, 4, 4), leaf(2, 2, 3, 3, seed=1), leaf(1, 2, 2, 2, seed=2)))
 
@@ -81,7 +81,7 @@ def test_third_derivative_of_the_convolution_against_finite_differences():
 def test_convolution_is_torchs(stride: int, padding: int):
     """Up to the third derivative, of the square, lest higher ones vanish."""
     assert agree(
-        lambda images, weight: twice.conv2d(images, weight, stride=stride, padding=padding).square(),
+        lambda images, weight: double_backward.conv2d(images, weight, stride=stride, padding=padding).square(),
         lambda images, weight: F.conv2d(images, weight, stride=stride, padding=padding).square(),
         [leaf(2, 3, 7, 6), leaf(4, 3, 3, 3, seed=1)],
         orders=3,
@@ -92,7 +92,7 @@ def test_convolution_is_torchs(stride: int, padding: int):
 def test_convolution_with_one_input_that_needs_no_gradient(fixed: int):
     inputs = [leaf(2, 3, 5, 5), leaf(4, 3, 3, 3, seed=1)]
     inputs[fixed].requires_grad_(False)
-    assert agree(lambda x, w: twice.conv2d(x, w).square(), lambda x, w: F.conv2d(x, w).square(), inputs, orders=3)
+    assert agree(lambda x, w: double_backward.conv2d(x, w).square(), lambda x, w: F.conv2d(x, w).square(), inputs, orders=3)
 
 
 # --- batch normalisation ---------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ def test_convolution_with_one_input_that_needs_no_gradient(fixed: int):
 
 def test_batch_norm_against_finite_differences():
     inputs = (leaf(3, 2, 2, 3), leaf(2, seed=1), leaf(2, seed=2))
-    assert gradcheck(twice.batch_norm, inputs)
-    assert gradgradcheck(twice.batch_norm, inputs)
+    assert gradcheck(double_backward.batch_norm, inputs)
+    assert gradgradcheck(double_backward.batch_norm, inputs)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 4, 3), (6, 1, 1, 1), (1, 3, 2, 2)])
@@ -109,7 +109,7 @@ def test_batch_norm_is_torchs(shape: tuple[int, ...]):
     channels = shape[1]
     inputs = [leaf(*shape), leaf(channels, seed=1), leaf(channels, seed=2)]
     assert agree(
-        lambda *inputs: twice.batch_norm(*inputs).pow(3), lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2
+        lambda *inputs: double_backward.batch_norm(*inputs).pow(3), lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2
     )
 
 
@@ -117,7 +117,7 @@ def test_batch_norm_with_a_weight_of_zero():
     """The double backward divides by the weight."""
     weight = torch.tensor([0.0, 1.5, -0.0], dtype=torch.float64, requires_grad=True)
     inputs = [leaf(3, 3, 2, 2), weight, leaf(3, seed=2)]
-    found = derivatives(lambda *inputs: twice.batch_norm(*inputs).pow(3), inputs, 2)
+    found = derivatives(lambda *inputs: double_backward.batch_norm(*inputs).pow(3), inputs, 2)
     expected = derivatives(lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
 
@@ -125,7 +125,7 @@ def test_batch_norm_with_a_weight_of_zero():
 def test_batch_norm_in_single_precision_with_a_weight_of_zero():
     inputs = [leaf(3, 2, 2, 2), torch.tensor([0.0, 1.0], requires_grad=True), leaf(2, seed=2)]
     inputs = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    found = derivatives(lambda *inputs: twice.batch_norm(*inputs).pow(3).double(), inputs, 2)
+    found = derivatives(lambda *inputs: double_backward.batch_norm(*inputs).pow(3).double(), inputs, 2)
     expected = derivatives(lambda *inputs: torch_batch_norm(*inputs).pow(3).double(), inputs, 2)
     assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(found, expected, strict=True))
 
@@ -134,7 +134,7 @@ def test_batch_norm_in_single_precision_with_a_weight_of_zero():
 def test_third_derivative_of_batch_norm_raises(second_direction: str):
     """Also where the second derivative is taken along a constant, which autograd's own guard lets through."""
     images, weight, bias = leaf(3, 2, 2, 2), leaf(2, seed=1), leaf(2, seed=2)
-    (first,) = grad(twice.batch_norm(images, weight, bias).pow(2).sum(), images, create_graph=True)
+    (first,) = grad(double_backward.batch_norm(images, weight, bias).pow(2).sum(), images, create_graph=True)
     objective = first.pow(2).sum() if second_direction == "of the gradient" else (first * random(3, 2, 2, 2)).sum()
     (second,) = grad(objective, images, create_graph=True)
     with pytest.raises(RuntimeError, match="no third derivative"):
@@ -143,7 +143,7 @@ def test_third_derivative_of_batch_norm_raises(second_direction: str):
 
 def test_third_derivative_of_batch_norm_raises_under_torch_func():
     def loss(images: Tensor) -> Tensor:
-        return twice.batch_norm(images, random(2), random(2)).pow(3).sum()
+        return double_backward.batch_norm(images, random(2), random(2)).pow(3).sum()
 
     with pytest.raises(RuntimeError, match="no third derivative"):
         func_grad(gradient_norm(gradient_norm(loss)))(random(3, 2, 2, 2))
@@ -170,7 +170,7 @@ def test_convolutions_side_by_side(batched: tuple[bool, bool], stride: int, padd
     inputs = [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     in_dims = tuple(0 if many else None for many in batched)
     assert agree(
-        vmap(lambda x, w: twice.conv2d(x, w, stride=stride, padding=padding).square(), in_dims),
+        vmap(lambda x, w: double_backward.conv2d(x, w, stride=stride, padding=padding).square(), in_dims),
         stacked(lambda x, w: F.conv2d(x, w, stride=stride, padding=padding).square(), batched),
         inputs,
         orders=3,
@@ -185,7 +185,7 @@ def test_batch_norms_side_by_side(batched: tuple[bool, bool, bool]):
     inputs = [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     in_dims = tuple(0 if many else None for many in batched)
     assert agree(
-        vmap(lambda *inputs: twice.batch_norm(*inputs).pow(3), in_dims),
+        vmap(lambda *inputs: double_backward.batch_norm(*inputs).pow(3), in_dims),
         stacked(lambda *inputs: torch_batch_norm(*inputs).pow(3), batched),
         inputs,
         orders=2,
@@ -195,7 +195,7 @@ def test_batch_norms_side_by_side(batched: tuple[bool, bool, bool]):
 def test_a_task_dimension_that_is_not_the_first():
     images, weight = leaf(2, 3, 5, 5, 4), leaf(2, 3, 3, 4, 3, seed=1)  # tasks last; tasks last but one
     assert agree(
-        vmap(lambda x, w: twice.conv2d(x, w).square(), (4, 3)),
+        vmap(lambda x, w: double_backward.conv2d(x, w).square(), (4, 3)),
         lambda x, w: stacked(lambda x, w: F.conv2d(x, w).square(), (True, True))(x.movedim(4, 0), w.movedim(3, 0)),
         [images, weight],
         orders=2,
@@ -205,10 +205,10 @@ def test_a_task_dimension_that_is_not_the_first():
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (2, 3)])
 def test_max_pooling_is_pytorchs(size: tuple[int, int]):
     images = leaf(3, 2, *size)
-    assert agree(lambda x: twice.max_pool2d(x).square(), lambda x: F.max_pool2d(x, 2).square(), [images], orders=2)
+    assert agree(lambda x: double_backward.max_pool2d(x).square(), lambda x: F.max_pool2d(x, 2).square(), [images], orders=2)
     tasks = leaf(4, 3, 2, *size)
     assert agree(
-        vmap(lambda x: twice.max_pool2d(x).square()),
+        vmap(lambda x: double_backward.max_pool2d(x).square()),
         lambda x: F.max_pool2d(x.flatten(0, 1), 2).square().unflatten(0, (4, 3)),
         [tasks],
         orders=2,
@@ -217,7 +217,7 @@ def test_max_pooling_is_pytorchs(size: tuple[int, int]):
 
 def test_the_first_of_equal_pixels_takes_the_gradient():
     images = torch.ones(1, 1, 2, 2, requires_grad=True)
-    assert grad(twice.max_pool2d(images).sum(), images)[0].flatten().tolist() == [1, 0, 0, 0]
+    assert grad(double_backward.max_pool2d(images).sum(), images)[0].flatten().tolist() == [1, 0, 0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -234,5 +234,5 @@ def test_gradients_taken_inside_vmap(orders: int):
         of_weights, of_scales = vmap(func_grad(function, (0, 1)))(weights, scales)
         return torch.cat([of_weights.flatten(), of_scales.flatten()])
 
-    ours, theirs = gradients(twice.conv2d, twice.batch_norm), gradients(F.conv2d, torch_batch_norm)
+    ours, theirs = gradients(double_backward.conv2d, double_backward.batch_norm), gradients(F.conv2d, torch_batch_norm)
     assert torch.allclose(ours, theirs, rtol=1e-9)

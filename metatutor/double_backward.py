@@ -330,7 +330,7 @@ class _NormTwice(Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("twice.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
+        raise RuntimeError("double_backward.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
 
 
 # --- max-pooling ---------------------------------------------------------------------------------------------
