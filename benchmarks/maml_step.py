@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
+import harness
 import torch
 import torch.nn.functional as F
-import harness
 import tyro
+from harness import Prepared, compare, difference, refuse_differences
 from torch import Tensor, nn
 from torch.func import functional_call
-from harness import Prepared, compare, difference, refuse_differences
 
 from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode

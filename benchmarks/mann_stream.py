@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
+import harness
 import torch
 import torch.nn.functional as F
-import harness
 import tyro
-from torch import Tensor, nn
 from harness import TOLERANCE, Prepared, compare, difference, refuse_differences
+from torch import Tensor, nn
 
 from metatutor.backbones import Pixels
 from metatutor.episodes import Episode

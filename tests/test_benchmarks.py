@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import harness
 import maml_step
 import mann_stream
 import pytest
 import torch
-import harness
 from maml_step import Config, Setting, check, main, plain_loop
 
 SMALL = Config(settings=("strided-1q-1s",), peers=("plain loop",), rounds=1, tasks=2, filters=8)

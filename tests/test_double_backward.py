@@ -72,7 +72,9 @@ def test_convolution_against_finite_differences(stride: int, padding: int):
 
 def test_third_derivative_of_the_convolution_against_finite_differences():
     def gradient(images: Tensor, weight: Tensor, direction: Tensor) -> tuple[Tensor, ...]:
-        return grad(double_backward.conv2d(images, weight, stride=2, padding=1), (images, weight), direction, create_graph=True)
+        return grad(
+            double_backward.conv2d(images, weight, stride=2, padding=1), (images, weight), direction, create_graph=True
+        )
 
     assert gradgradcheck(gradient, (leaf(1, 2, 4, 4), leaf(2, 2, 3, 3, seed=1), leaf(1, 2, 2, 2, seed=2)))
 
@@ -92,7 +94,9 @@ def test_convolution_is_torchs(stride: int, padding: int):
 def test_convolution_with_one_input_that_needs_no_gradient(fixed: int):
     inputs = [leaf(2, 3, 5, 5), leaf(4, 3, 3, 3, seed=1)]
     inputs[fixed].requires_grad_(False)
-    assert agree(lambda x, w: double_backward.conv2d(x, w).square(), lambda x, w: F.conv2d(x, w).square(), inputs, orders=3)
+    assert agree(
+        lambda x, w: double_backward.conv2d(x, w).square(), lambda x, w: F.conv2d(x, w).square(), inputs, orders=3
+    )
 
 
 # --- batch normalisation ---------------------------------------------------------------------------------------
@@ -109,7 +113,10 @@ def test_batch_norm_is_torchs(shape: tuple[int, ...]):
     channels = shape[1]
     inputs = [leaf(*shape), leaf(channels, seed=1), leaf(channels, seed=2)]
     assert agree(
-        lambda *inputs: double_backward.batch_norm(*inputs).pow(3), lambda *inputs: torch_batch_norm(*inputs).pow(3), inputs, 2
+        lambda *inputs: double_backward.batch_norm(*inputs).pow(3),
+        lambda *inputs: torch_batch_norm(*inputs).pow(3),
+        inputs,
+        2,
     )
 
 
@@ -205,7 +212,9 @@ def test_a_task_dimension_that_is_not_the_first():
 @pytest.mark.parametrize("size", [(4, 4), (5, 7), (2, 3)])
 def test_max_pooling_is_pytorchs(size: tuple[int, int]):
     images = leaf(3, 2, *size)
-    assert agree(lambda x: double_backward.max_pool2d(x).square(), lambda x: F.max_pool2d(x, 2).square(), [images], orders=2)
+    assert agree(
+        lambda x: double_backward.max_pool2d(x).square(), lambda x: F.max_pool2d(x, 2).square(), [images], orders=2
+    )
     tasks = leaf(4, 3, 2, *size)
     assert agree(
         vmap(lambda x: double_backward.max_pool2d(x).square()),
