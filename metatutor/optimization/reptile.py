@@ -57,6 +57,7 @@ class Reptile(AdaptingLearner):
         Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.
     """
 
+    exact_gradient = False
     squares: Tensor
     filled: Tensor
 
