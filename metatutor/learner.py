@@ -94,8 +94,8 @@ class Learner(Described, nn.Module, ABC):
         """
         answers = self(episode)
         if episode.query_labels.is_floating_point():
-            return (answers - episode.query_labels).pow(2).mean((1, 2))[:, None]
-        return (answers.argmax(-1) == episode.query_labels).float().mean(1)
+            return (answers - episode.query_labels).cpu().double().pow(2).mean((1, 2))[:, None]
+        return (answers.argmax(-1) == episode.query_labels).cpu().double().mean(1)
 
     def chunks(self, episode: Episode, at_once: int | None = None) -> Iterator[Episode]:
         """The tasks of an episode, as many at a time as the outer loop is to take; their gradients add up.

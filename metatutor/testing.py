@@ -222,6 +222,7 @@ def devices_are_alike(learner: Learner, episode: Episode) -> None:
 
 CHECKS: tuple[Check, ...] = (
     answers_in_shape,
+    nothing_is_left_behind,
     the_same_without_gradients,
     query_labels_are_not_read,
     support_labels_are_read,
@@ -232,7 +233,6 @@ CHECKS: tuple[Check, ...] = (
     meta_loss_is_pure,
     gradients_as_declared,
     what_adapts_moves,
-    nothing_is_left_behind,
     copies_are_alike,
     devices_are_alike,
 )

@@ -233,7 +233,8 @@ def train(
                     raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
     if state.best is not None:
         learner.load_state_dict(state.best)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     learner.eval()
     return progress.history
 
@@ -382,7 +383,8 @@ class _State:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(state["config"])
+            config, progress, best = dict(state["config"]), _Progress(**state["progress"]), state["best"]
+            parts = [state[name] for name in ("learner", "optimizer", "scheduler", "sampler", "torch")]
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
         changed = [k for k, v in asdict(self.config).items() if k not in _MAY_CHANGE and config.get(k) != v]
@@ -390,12 +392,12 @@ class _State:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )
-        load_parameters(self.learner, state["learner"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.load_state_dict(state["sampler"])
-        torch.set_rng_state(state["torch"])
-        self.progress, self.best = _Progress(**state["progress"]), state["best"]
+        weights, *parts, random = parts
+        load_parameters(self.learner, weights, path)
+        for part, of in zip(parts, (self.optimizer, self.scheduler, self.sampler), strict=True):
+            of.load_state_dict(part)
+        torch.set_rng_state(random)
+        self.progress, self.best = progress, best
 
 
 @contextmanager
