@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -196,6 +194,8 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             state.load(folder / CHECKPOINT)
         if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
             broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
         progress = state.progress
         begun = time.perf_counter() - progress.seconds
@@ -262,7 +262,7 @@ def accumulate(
 
 
 def _step(
-    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Accelerator, config: TrainConfig
+    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Any, config: TrainConfig
 ) -> float:
     """One step of the outer optimizer; no step if the loss is not finite."""
     optimizer.zero_grad()
@@ -285,7 +285,7 @@ def _step(
     return value
 
 
-def _mean(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+def _mean(accelerator: Any, tensor: Tensor) -> Tensor:
     return accelerator.reduce(tensor, reduction="mean")  # pyright: ignore[reportReturnType]
 
 
@@ -442,8 +442,10 @@ def check_device(device: str | None) -> torch.device | None:
     return place
 
 
-def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -> tuple[Accelerator, torch.device]:
+def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -> tuple[Any, torch.device]:
     """The accelerator, and where to compute."""
+    from accelerate import Accelerator  # a second to import
+
     place = check_device(device)
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = (place is not None and place.type == "cpu") or (many and not torch.cuda.is_available())
@@ -453,7 +455,7 @@ def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -
     return accelerator, place if place is not None and accelerator.num_processes == 1 else accelerator.device
 
 
-def _share(tasks_per_step: int, accelerator: Accelerator) -> slice:
+def _share(tasks_per_step: int, accelerator: Any) -> slice:
     """The tasks of each step that this process takes."""
     each, rest = divmod(tasks_per_step, accelerator.num_processes)
     if rest:
