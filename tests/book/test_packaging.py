@@ -78,5 +78,6 @@ def test_the_recorded_runs_come_with_the_installation(tmp_path: Path) -> None:
     installed = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"metatutor/results/{run.name}/{name}" for name in ("config.json", "history.csv", "model.safetensors")}
     expected |= {f"metatutor/results/{name}" for name in ("published.json", "published_streams.json")}
+    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatutor").rglob("*.html")}
     assert expected | {"metatutor/episodes.py", "metatutor/py.typed"} <= installed
     assert not [name for name in installed if name.startswith(("tests/", "book/", "results/"))]

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.figures.style import COLOURS, DASHES, GREY, MARKERS, WIDTH, Picture, picture, styled
+from metatutor.book.figures.style import COLOURS, DASHES, GREY, MARKERS, WIDTH, Picture, picture, styled
 
 
 @styled

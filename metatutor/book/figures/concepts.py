@@ -6,9 +6,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, Rectangle
 
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import GREY, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.images import stamp
-from metatutor.figures.style import GREY, Picture, colour_of, picture, styled
 
 
 @styled

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from metatutor.evaluation import confidence95
-from metatutor.figures.style import (
+from metatutor.book.figures.style import (
     BLUE,
     COLOURS,
     DASHES,
@@ -23,6 +22,7 @@ from metatutor.figures.style import (
     picture,
     styled,
 )
+from metatutor.evaluation import confidence95
 
 Row = Mapping[str, float]
 

@@ -14,8 +14,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from metatutor.figures.images import stamp
-from metatutor.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, RED, WIDTH, Picture, picture, styled
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    WIDTH,
+    Picture,
+    picture,
+    styled,
+)
 
 NOTICEABLE = 0.1  # a weight, summed over the heads
 PITCH = 0.17  # from bar to bar of an attention, where an image with its bars has a width of 1

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from matplotlib.colors import ListedColormap
 from torch import Tensor
 
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import COLOURS, GREY, MARKERS, WIDTH, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.images import stamp
-from metatutor.figures.style import COLOURS, GREY, MARKERS, WIDTH, Picture, colour_of, picture, styled
 
 REACH = 3.0  # of the plane, from its middle
 Points = Float[Tensor, "_ 2"]

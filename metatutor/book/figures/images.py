@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from metatutor.book.figures.style import BLUE, GREY, RED, WIDTH, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.style import BLUE, GREY, RED, WIDTH, Picture, colour_of, picture, styled
 
 
 @styled
