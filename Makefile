@@ -72,10 +72,9 @@ tables: ## fill the tables of README.md from results/
 	@$(NEEDS_PYTHON)
 	@"$(PYTHON)" book/_ext/readme_tables.py
 
-stamp: ## write the repository's address everywhere: make stamp URL=https://github.com/you/fork
-	@test -n "$(URL)" || { echo "say which: make stamp URL=https://github.com/you/fork" >&2; exit 1; }
+stamp: ## write version and address everywhere: make stamp, or make stamp URL=https://github.com/you/fork
 	@$(NEEDS_PYTHON)
-	@"$(PYTHON)" book/_ext/stamp.py "$(URL)"
+	@"$(PYTHON)" book/_ext/stamp.py $(URL)
 
 clean: ## remove .venv, the built book and every cache
 	rm -rf $(VENV) _build build *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache

@@ -1,4 +1,4 @@
-"""Notebooks as committed: no outputs, short cells, one kernel, a first cell that makes them run on Colab."""
+"""Notebooks as committed: no outputs, short cells, one kernel."""
 
 from __future__ import annotations
 
@@ -41,12 +41,6 @@ def test_cells_are_short(notebook: Path) -> None:
     code = [sources.source(cell) for cell in sources.cells(notebook, "code")]
     assert [cell.splitlines()[0] for cell in code if len(cell.splitlines()) > LONGEST_CELL] == []
     assert not [cell for cell in code if not cell.strip()], "remove the empty cell"
-
-
-@each_notebook
-def test_first_code_cell_installs_the_package_where_it_is_missing(notebook: Path) -> None:
-    first = sources.source(sources.cells(notebook, "code")[0])
-    assert "metatutor" in first and "git+https://" in first
 
 
 def nbstripout(*arguments: str) -> int:

@@ -8,18 +8,19 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import sources
 import yaml
-from sources import ROOT
+from sources import NOTEBOOKS, ROOT
 
 import metatutor
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
-IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
+IMPORTED_AS = {"PIL": "pillow", "sklearn": "scikit-learn"}
 
 
 def distribution(requirement: str) -> str:
@@ -27,6 +28,19 @@ def distribution(requirement: str) -> str:
     match = re.match(r"[\w.-]+", requirement)
     assert match is not None, requirement
     return match.group().lower()
+
+
+DECLARED = {distribution(requirement) for requirement in PROJECT["dependencies"]}
+
+
+def foreign(packages: set[str]) -> set[str]:
+    """The distributions of packages that are neither ours nor Python's."""
+    return {IMPORTED_AS.get(package, package) for package in packages - {"metatutor"} - sys.stdlib_module_names}
+
+
+def imported(files: Iterable[Path]) -> set[str]:
+    """The distributions that files import."""
+    return foreign({package for path in files for package in sources.imported_packages(path.read_text("utf-8"))})
 
 
 def test_one_version() -> None:
@@ -41,12 +55,19 @@ def test_every_subpackage_is_listed() -> None:
 
 
 def test_every_import_of_the_package_is_a_dependency() -> None:
-    files = (ROOT / "metatutor").rglob("*.py")
-    imported = {package for path in files for package in sources.imported_packages(path.read_text(encoding="utf-8"))}
-    foreign = {IMPORTED_AS.get(package, package) for package in imported - {"metatutor"} - sys.stdlib_module_names}
-    declared = {distribution(requirement) for requirement in PROJECT["dependencies"]}
-    optional = {"tensorboard"}  # asked for by name in an error message where it is missing
-    assert foreign - optional <= declared
+    chapters = set((ROOT / "metatutor/book").rglob("*.py"))
+    package = imported(set((ROOT / "metatutor").rglob("*.py")) - chapters)
+    optional = {"tensorboard", "torchvision"}  # asked for by name in an error message where it is missing
+    assert package - optional <= DECLARED
+
+
+def test_every_import_of_a_chapter_is_a_dependency() -> None:
+    helpers = imported((ROOT / "metatutor/book").rglob("*.py"))
+    cells = [sources.source(cell) for path in NOTEBOOKS for cell in sources.cells(path, "code")]
+    code = [re.sub(r"^\s*%.*", "", cell, flags=re.MULTILINE) for cell in cells if "%pip" not in cell]
+    of_cells = {package for cell in code for package in sources.imported_packages(cell)}
+    extras = {distribution(requirement) for requirement in PROJECT["optional-dependencies"]["chapters"]}
+    assert extras <= foreign(of_cells) | helpers <= DECLARED | extras
 
 
 def test_no_dependency_of_the_package_is_capped() -> None:
@@ -55,7 +76,8 @@ def test_no_dependency_of_the_package_is_capped() -> None:
 
 def test_the_tested_set_pins_every_direct_dependency() -> None:
     extras = PROJECT["optional-dependencies"]
-    direct = {distribution(line) for line in [*PROJECT["dependencies"], *extras["book"], *extras["dev"]]}
+    tested = [*PROJECT["dependencies"], *extras["chapters"], *extras["book"], *extras["dev"]]
+    direct = {distribution(line) for line in tested}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
     assert [pin for pin in pins if not re.fullmatch(r"[\w.-]+(?:\[\w+\])?==[\w.]+", pin)] == []
