@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterable
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import sources
 import yaml
+from packaging.requirements import Requirement
 from sources import NOTEBOOKS, ROOT
 
 import metatutor
@@ -84,22 +87,68 @@ def test_the_tested_set_pins_every_direct_dependency() -> None:
     assert sorted(distribution(pin) for pin in pins) == sorted(direct)
 
 
-def test_the_recorded_runs_come_with_the_installation(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="77")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, tmp_path / name)
-    shutil.copytree(ROOT / "metatutor", tmp_path / "metatutor", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "results", tmp_path / "results")
-    run = tmp_path / "results" / "omniglot-test-5w1s"
+HOLDS = {".ci", ".github", "benchmarks", "book", "metatutor", "notebooks", "results", "tests"}
+NOISE = {"__pycache__", ".pytest_cache", ".ipynb_checkpoints"}
+RUN = ("config.json", "history.csv", "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository with one run of its own, without the others' weights; a wheel and a source distribution of it."""
+    root = tmp_path_factory.mktemp("build") / "checkout"
+    root.mkdir()
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copyfile(path, root / path.name)
+        elif path.name in HOLDS:
+            shutil.copytree(path, root / path.name, ignore=shutil.ignore_patterns(*NOISE, "*.safetensors"))
+    run = root / "results" / "omniglot-test-5w1s"
     run.mkdir()
-    for name in ("config.json", "history.csv", "model.safetensors"):
+    for name in RUN:
         (run / name).write_text("{}")
-    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
-    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
-    [wheel] = tmp_path.glob("*.whl")
+    build = "from setuptools import build_meta as b; b.build_sdist('../built'); b.build_wheel('../built')"
+    subprocess.run([sys.executable, "-c", build], cwd=root, check=True, capture_output=True)
+    return root
+
+
+def test_the_recorded_runs_come_with_the_installation(checkout: Path) -> None:
+    [wheel] = checkout.parent.glob("built/*.whl")
     installed = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"metatutor/results/{run.name}/{name}" for name in ("config.json", "history.csv", "model.safetensors")}
+    expected = {f"metatutor/results/omniglot-test-5w1s/{name}" for name in RUN}
     expected |= {f"metatutor/results/{name}" for name in ("published.json", "published_streams.json")}
     expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatutor").rglob("*.html")}
     assert expected | {"metatutor/episodes.py", "metatutor/py.typed"} <= installed
-    assert not [name for name in installed if name.startswith(("tests/", "book/", "results/"))]
+    parts = {name for name in installed if name.startswith("metatutor/")}
+    assert {Path(name).suffix for name in parts} == {".py", ".typed", ".html", ".json", ".csv", ".safetensors"}
+    assert {name.split("/")[0] for name in installed - parts} == {f"metatutor-{PROJECT['version']}.dist-info"}
+
+
+def test_a_source_distribution_holds_what_the_repository_holds(checkout: Path) -> None:
+    [archive] = checkout.parent.glob("built/*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    ours = {path.relative_to(checkout).as_posix() for path in checkout.rglob("*") if path.is_file()}
+    ours = {name for name in ours if name.split("/")[0] not in ("build", "metatutor.egg-info")}
+    assert {"CHANGELOG.md", "tests/conftest.py", "tests/book/sources.py", "notebooks/01_concepts.ipynb"} <= ours
+    assert {"book/_static/task.js", ".ci/run", f"results/omniglot-test-5w1s/{RUN[2]}"} <= ours
+    assert sorted(ours - inside) == []
+
+
+def test_the_pytorch_that_is_there_stays() -> None:
+    """Nothing that the package needs, however indirectly, asks for another PyTorch than the package itself does."""
+    asked: dict[str, dict[str, Requirement]] = {}
+    waiting = set(DECLARED)
+    while waiting:
+        name = waiting.pop()
+        lines = [Requirement(line) for line in importlib.metadata.requires(name) or []]
+        asked[name] = {line.name: line for line in lines if not line.marker or line.marker.evaluate({"extra": ""})}
+        if name != "torch":
+            waiting |= asked[name].keys() - asked.keys()
+    [own] = [Requirement(line) for line in PROJECT["dependencies"] if distribution(line) == "torch"]
+    [oldest] = [bound.version for bound in own.specifier]
+    narrow = {
+        name: str(needed["torch"])
+        for name, needed in asked.items()
+        if "torch" in needed and not {oldest, "99"} <= set(needed["torch"].specifier.filter([oldest, "99"]))
+    }
+    assert narrow == {}
