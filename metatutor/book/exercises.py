@@ -185,9 +185,6 @@ def check_strong_spring(answer: object) -> Verdict:
     Args:
         answer: `"MAML"`, `"pretraining"` or `"Reptile"`.
 
-    Returns:
-        A verdict.
-
     Example:
         >>> check_strong_spring("Reptile")
         ✗ Reptile looks where the steps lead; held by such a spring, they lead nowhere.
@@ -414,11 +411,6 @@ def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, 
 
     Raises:
         ValueError: if there is more than one support image of a class.
-
-    Example:
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> "nearest pixels" in game(Episode(images, labels, images, labels, n_way=5), labels, rival="nearest pixels")
-        True
     """
     if episode.support_images.shape[1] != episode.n_way:
         raise ValueError(f"the game is for 1-shot tasks, got {episode.support_images.shape[1]} support images")

@@ -71,6 +71,9 @@ ALL: dict[str, Callable[[], Picture]] = {
         points=torch.rand(4, 2),
         truth=torch.arange(9.0).sin(),
     ),
+    "beginnings": lambda: figures.beginnings({"a": (torch.arange(5.0), torch.rand(5))}, {"b": 2.0}, x="w", y="loss"),
+    "heat": lambda: figures.heat(torch.rand(2, 3), rows=[1, 2], columns=[0.1, 0.2, 0.3], y="steps", x="rate"),
+    "journeys": lambda: figures.journeys({"task": (1.0, 0.0)}, {"Reptile": torch.rand(4, 2)}, x="weight", y="bias"),
     "families": lambda: figures.families(three_tasks()),
 }
 

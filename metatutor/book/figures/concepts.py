@@ -17,10 +17,6 @@ def families(episode: Episode) -> Picture:
 
     Args:
         episode: three tasks or more, of three classes or more, one support image of each.
-
-    Example:
-        >>> images, labels = torch.rand(3, 5, 1, 28, 28), torch.arange(5).repeat(3, 1)
-        >>> figure = families(Episode(images, labels, images, labels, n_way=5))
     """
     figure = picture(7.2)
     titles = {

@@ -41,17 +41,8 @@ def filling_memory(
         rows: the most slots that are drawn.
         start: the image shown at first, from 0; default: the last one.
 
-    Returns:
-        HTML with its script.
-
     Raises:
         ValueError: if `start` is not in the stream, or `rows` not positive.
-
-    Example:
-        >>> weights, labels = torch.eye(6, 9).view(6, 1, 9), torch.arange(6) % 2
-        >>> numbers = torch.randn(6, 9, 4), weights, weights, torch.rand(6, 9)
-        >>> "told now" in filling_memory(torch.rand(6, 28, 28), labels, labels, *numbers)
-        True
 
     Reference:
         Santoro et al. (2016), figure 1.

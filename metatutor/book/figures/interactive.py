@@ -22,14 +22,6 @@ def movable_plane(
         labels: their classes.
         query: the place of the query point.
         scale: of the cosines.
-
-    Returns:
-        HTML with its script.
-
-    Example:
-        >>> import torch
-        >>> "prototype" in movable_plane(torch.zeros(2, 2), torch.arange(2), torch.ones(2))
-        True
     """
     state = {
         "support": [[round(v, 4) for v in point] for point in support.tolist()],

@@ -101,10 +101,6 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
 
     Returns:
         HTML, which a notebook shows.
-
-    Example:
-        >>> "step 1" in stepper({"step 0": Picture(), "step 1": Picture()}, alt="An empty figure")
-        True
     """
     pictures = [base64.b64encode(picture.svg().encode()).decode() for picture in frames.values()]
     name = identity("steps", "".join(pictures))
@@ -124,10 +120,5 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
 
 
 def live() -> bool:
-    """Whether somebody sits at this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build.
-
-    Example:
-        >>> live() in (True, False)
-        True
-    """
+    """Whether somebody sits at this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build."""
     return any(name in os.environ for name in ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID"))

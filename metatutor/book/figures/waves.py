@@ -35,13 +35,6 @@ def waves(
         x: where the curves are drawn, ascending.
         points: the support set, `x` and `y` of each.
         truth: the heights of the wave.
-
-    Example:
-        >>> import torch
-        >>> x = torch.linspace(-5, 5, 101)
-        >>> points = torch.stack([x, x.sin()], dim=1)[::25]
-        >>> curves = {0: torch.zeros(101), 1: 0.5 * x.sin(), 10: 0.9 * x.sin()}
-        >>> figure = waves({"MAML": curves}, x, points=points, truth=x.sin())
     """
     figure = picture(2.1 * len(panels) + 0.8)
     drawn = figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -84,16 +77,8 @@ def adapting_wave(
         wave: amplitude and phase of the wave that the points are of, if it is to be drawn.
         waves: where new waves come from, and how far the axes reach; default: those of the MAML paper.
 
-    Returns:
-        HTML with its script.
-
     Raises:
         ValueError: if there is no network or one of another shape, or an argument is out of range.
-
-    Example:
-        >>> import torch
-        >>> "steps" in adapting_wave({"random": MLP()}, torch.tensor([[0.0, 1.0]]), inner_lr=0.01)
-        True
 
     Reference:
         Finn, Abbeel & Levine (2017), section 5.1 and figure 2.
