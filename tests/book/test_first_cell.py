@@ -41,7 +41,7 @@ if shell.run_cell(cell).success:
 """
 PIP = """
 import os, pathlib, sys
-pathlib.Path("asked").write_text(" ".join(sys.argv[1:]))
+pathlib.Path("asked").write_text("\\n".join(sys.argv[1:]))
 if os.environ["PIP"] == "fails":
     sys.exit("ERROR: Could not resolve host")
 pathlib.Path("installed/metatutor").mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_installs_the_version_of_the_notebook(folder: Path) -> None:
     outcome = run(folder)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     source = f"git+{project['urls']['Repository']}@v{project['version']}"
-    assert outcome.asked == f"install -q metatutor[chapters] @ {source}"
+    assert outcome.asked.splitlines() == ["install", "-q", f"metatutor[chapters] @ {source}"]
     assert outcome.succeeded and re.search(r"found: .*installed/metatutor/__init__\.py", outcome.said)
 
 
