@@ -8,6 +8,8 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast
@@ -38,6 +40,7 @@ test: lint types unit notebooks ## check style and types, run all tests and ever
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(STRIP) --verify $(NOTEBOOKS)
 
 types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
@@ -57,7 +60,7 @@ links: $(INSTALLED) ## check every link of the book (needs the network)
 	$(BIN)/jupyter-book build --all --builder linkcheck .
 
 format: $(INSTALLED) ## put code and notebooks into the project's format, and clear outputs
-	$(BIN)/python book/_ext/clear_outputs.py $(wildcard notebooks/*.ipynb)
+	$(STRIP) $(NOTEBOOKS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -69,10 +72,9 @@ tables: ## fill the tables of README.md from results/
 	@$(NEEDS_PYTHON)
 	@"$(PYTHON)" book/_ext/readme_tables.py
 
-stamp: ## write the repository's address everywhere: make stamp URL=https://github.com/you/fork
-	@test -n "$(URL)" || { echo "say which: make stamp URL=https://github.com/you/fork" >&2; exit 1; }
+stamp: ## write version and address everywhere: make stamp, or make stamp URL=https://github.com/you/fork
 	@$(NEEDS_PYTHON)
-	@"$(PYTHON)" book/_ext/stamp.py "$(URL)"
+	@"$(PYTHON)" book/_ext/stamp.py $(URL)
 
 clean: ## remove .venv, the built book and every cache
 	rm -rf $(VENV) _build build *.egg-info .pytest_cache .ruff_cache .hypothesis .jupyter_cache

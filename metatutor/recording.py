@@ -8,7 +8,6 @@ is always what was recorded.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 from collections.abc import Callable
@@ -655,22 +654,3 @@ def peak_memory_mib() -> int:
         return round(torch.cuda.max_memory_allocated() / 2**20)
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
-
-
-def preset() -> Literal["fast", "full"]:
-    """How much a chapter computes itself, as METATUTOR_PRESET says.
-
-    Returns:
-        `"fast"`, the default: show the mechanism live, load recorded runs for what takes long; or `"full"`: retrain.
-
-    Raises:
-        ValueError: if METATUTOR_PRESET is anything else.
-
-    Example:
-        >>> preset() in ("fast", "full")
-        True
-    """
-    chosen = os.environ.get("METATUTOR_PRESET") or "fast"
-    if chosen not in ("fast", "full"):
-        raise ValueError(f"METATUTOR_PRESET must be fast or full, got {chosen!r}")
-    return "full" if chosen == "full" else "fast"
