@@ -1,15 +1,14 @@
 """metatutor: meta-learning for convolutional networks, each method tested against its paper."""
 
-from metatutor.backbones import MLP, ConvNet
+from metatutor.backbones import MLP, ConvNet, Pixels, backbone
 from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
 from metatutor.data import Omniglot, Splits, Strokes
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate
-from metatutor.learner import Learner
+from metatutor.learner import Learner, load
 from metatutor.memory import MANN, SNAIL, FeedForward, MetaNet, PlainLSTM
 from metatutor.metric import Matching, Prototypical, Relation, Siamese
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
-from metatutor.recording import load_run, run_names
 from metatutor.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -33,6 +32,7 @@ __all__ = [
     "MetaNet",
     "NearestPixels",
     "Omniglot",
+    "Pixels",
     "PlainLSTM",
     "PretrainedCosine",
     "PretrainedFinetuned",
@@ -44,8 +44,8 @@ __all__ = [
     "Splits",
     "Strokes",
     "TrainConfig",
+    "backbone",
     "evaluate",
-    "load_run",
-    "run_names",
+    "load",
     "train",
 ]

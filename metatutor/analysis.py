@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -17,9 +18,17 @@ from torch.func import functional_call
 
 from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.optimization.maml import MAML
+from metatutor.functional import Parameters
 
-Parameters = dict[str, Tensor]
+
+class Adapting(Protocol):
+    """A learner that adapts its network to each task by steps."""
+
+    network: Network
+
+    def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
+        """The parameters of every task, `[task, ...]` by name, before the first step and after each."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Movement:
             the same.
 
     Example:
-        >>> from metatutor import ConvNet
+        >>> from metatutor import MAML, ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> moved = what_moved(MAML(ConvNet(n_outputs=5, filters=8)), Episode(images, labels, images, labels, n_way=5))
         >>> list(moved.change), moved.change["conv 1"].shape
@@ -46,7 +55,7 @@ class Movement:
     similarity: dict[str, Float[Tensor, " task"]]
 
 
-def what_moved(learner: MAML, episode: Episode, inner_steps: int | None = None) -> Movement:
+def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = None) -> Movement:
     """Adapt to every task of an episode and compare each layer with what it was.
 
     Args:
@@ -56,9 +65,6 @@ def what_moved(learner: MAML, episode: Episode, inner_steps: int | None = None) 
 
     Returns:
         Relative change and linear CKA, by layer and task.
-
-    Example:
-        See `Movement`.
 
     Reference:
         Raghu et al. (2020), section 3.2, with linear CKA in place of CCA.

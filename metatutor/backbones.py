@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from inspect import signature
 from itertools import pairwise
 from math import gcd
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +17,44 @@ from metatutor.double_backward import EPSILON, batch_norm, conv2d, max_pool2d
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
+NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
-class Network(nn.Module):
+class Described:
+    """Keeps the arguments that it was made with, by name, so that they stand once: in the constructor.
+
+    Attributes:
+        arguments: of the constructor, defaults included; without networks and functions, which are not data.
+
+    Example:
+        >>> MLP(hidden=(20,)).arguments
+        {'n_inputs': 1, 'n_outputs': 1, 'hidden': (20,)}
+    """
+
+    arguments: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        bound = signature(cls.__init__).bind_partial(made, *args, **kwargs)
+        bound.apply_defaults()
+        data = {name: value for name, value in list(bound.arguments.items())[1:] if not callable(value)}
+        object.__setattr__(made, "arguments", data)  # a Module takes no attributes before its own __init__
+        return made
+
+
+class Network(Described, nn.Module):
     """What learners know of a backbone: `forward(images, n_support)`, and how it normalises.
 
     Attributes:
-        n_outputs: numbers that come out for an image; None: an embedding.
-        normalization: a policy of `ConvNet`, or `"none"`.
-        largest_activation: numbers in the largest activation of one image, if known.
-
-    Example:
-        >>> isinstance(ConvNet(), Network) and isinstance(MLP(), Network)
-        True
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5: one algorithm, networks of any kind.
+        n_outputs: numbers that come out for an image; None: an embedding, or not known.
+        normalization: a policy of `ConvNet`, `"running"` statistics, or `"none"`.
+        head: the prefix of the names of the last layer's parameters, such as `"head."`; None: there is no such layer.
+        largest_activation: numbers in the largest activation of one image; 0: not known.
     """
 
     n_outputs: int | None
     normalization: str = "none"
+    head_prefix: str | None = None
     largest_activation: int = 0
 
     @property
@@ -45,26 +64,27 @@ class Network(nn.Module):
 
 
 class Embedding(Network):
-    """A network that can also say what enters its last layer.
+    """A network that can also say what enters its last layer, or leaves it if it has none.
 
     Attributes:
-        embedding_size: length of an embedding.
-
-    Example:
-        >>> isinstance(ConvNet(), Embedding) and isinstance(Pixels(), Embedding)
-        True
-
-    Reference:
-        Vinyals et al. (2016), section 2.1.1.
+        embedding_size: length of an embedding; None: not known.
+        feature_shape: channels, height and width of the feature maps that `features` gives; None: not known.
     """
 
-    embedding_size: int
+    embedding_size: int | None = None
+    feature_shape: tuple[int, int, int] | None = None
 
     def embed(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n embedding"]:
         """What enters the last layer, or leaves the network if there is none."""
         raise NotImplementedError
+
+    def features(
+        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
+    ) -> Float[Tensor, "n filter h w"]:
+        """The feature maps that the embedding is made of."""
+        raise ValueError(f"{type(self).__name__} has no feature maps; take a ConvNet, or backbone(…, features=a layer)")
 
 
 class Pixels(Embedding):
@@ -73,9 +93,6 @@ class Pixels(Embedding):
     Args:
         size: height and width of the copy in pixels.
         in_channels: channels of the images.
-
-    Raises:
-        ValueError: if a size is not positive.
 
     Example:
         >>> Pixels(20)(torch.zeros(2, 1, 28, 28)).shape
@@ -103,16 +120,13 @@ class Pixels(Embedding):
         return self.embed(images)
 
 
-class MLP(Network):
-    """Fully connected layers with ReLU between them, for inputs that are not images.
+class MLP(Embedding):
+    """Fully connected layers with ReLU between them; images are taken as long vectors.
 
     Args:
         n_inputs: numbers that go in.
         n_outputs: numbers that come out.
         hidden: widths of the layers between.
-
-    Raises:
-        ValueError: if a size is not positive.
 
     Example:
         >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
@@ -129,12 +143,18 @@ class MLP(Network):
         widths = [n_inputs, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.head = nn.Linear(widths[-1], n_outputs)
+        self.head_prefix, self.embedding_size = "head.", widths[-1]
 
-    def forward(self, inputs: Float[Tensor, "n input"], n_support: int | None = None) -> Float[Tensor, "n output"]:
-        """Outputs of `n` inputs, each by itself."""
+    def embed(self, images: Float[Tensor, n * input], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
+        """What enters the last layer."""
+        images = images.flatten(1)
         for layer in self.hidden:
-            inputs = F.relu(layer(inputs))
-        return self.head(inputs)
+            images = F.relu(layer(images))
+        return images
+
+    def forward(self, images: Float[Tensor, n * input], n_support: int | None = None) -> Float[Tensor, "n output"]:
+        """Outputs of `n` inputs, each by itself."""
+        return self.head(self.embed(images))
 
 
 class ConvNet(Embedding):
@@ -163,8 +183,6 @@ class ConvNet(Embedding):
         normalization: `"batch"`, `"support"` or `"group"`.
         zero_head: whether the last layer begins at zero. Classes are numbered at random in every task, so an initial
             layer that tells number 0 from number 1 can only mislead; MAML trains faster from one that does not.
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same. First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
@@ -178,8 +196,7 @@ class ConvNet(Embedding):
 
     Reference:
         Finn et al. (2017), section 5.2; Vinyals et al. (2016), section 4.1.1; group normalisation: Wu & He (2018);
-        a last layer without order: Ye & Chao (2022), How to train your MAML to excel in few-shot classification; one
-        that is always zero at first: Kao, Chiu & Chen (2022), MAML is a noisy contrastive learner in classification.
+        a last layer without order: Ye & Chao (2022), How to train your MAML to excel in few-shot classification.
     """
 
     def __init__(
@@ -193,7 +210,6 @@ class ConvNet(Embedding):
         hidden: Sequence[int] = (),
         normalization: Normalization = "batch",
         zero_head: bool = False,
-        fixed_head: bool = False,
         in_channels: int = 1,
         image_size: int = 28,
     ) -> None:
@@ -229,12 +245,13 @@ class ConvNet(Embedding):
         if zero_head:
             for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
-        self.head.requires_grad_(not fixed_head)
+        self.head_prefix = None if n_outputs is None else "head."
 
     def features(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n filter h w"]:
         """What leaves the last convolutional block."""
+        check_images(images, self.image_shape)
         for block in self.blocks:
             images = block(images, n_support)
         return images
@@ -308,6 +325,16 @@ class ConvBlock(nn.Module):
         return torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
 
 
+def check_images(images: Tensor, expected: tuple[int, int, int]) -> None:
+    """Raise a `ValueError` if images are of another shape than a network was built for."""
+    if tuple(images.shape[1:]) != expected:
+        found, wanted = ("×".join(map(str, shape)) for shape in (images.shape[1:], expected))
+        raise ValueError(
+            f"the network takes images of {wanted} (channels × height × width), got {found}; resize the images or "
+            "build it with their in_channels and image_size"
+        )
+
+
 def _check_options(pooling: str, normalization: str) -> None:
     for name, value, options in (("pooling", pooling, Pooling), ("normalization", normalization, Normalization)):
         if value not in get_args(options):
@@ -318,3 +345,136 @@ def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be a positive integer, got {size}")
+
+
+# --- anybody's network ---
+
+
+def backbone(
+    network: nn.Module,
+    *,
+    head: str | None = None,
+    features: str | None = None,
+    image_shape: tuple[int, int, int] | None = None,
+) -> Embedding | Network:
+    """Make any module a `Network`; ours are returned as they are, and learners call this for all others.
+
+    Args:
+        network: from images `[n, channel, height, width]` to logits or embeddings, `[n, number]`.
+        head: the name of its last layer, such as `"fc"`; default: the last `nn.Linear`. An empty string says that there
+            is none and that the whole network embeds, which is what metric and memory methods take for granted.
+        features: the name of the layer whose outputs are the feature maps that `Relation` compares.
+        image_shape: channels, height and width, from which the lengths of embeddings and feature maps are found where
+            nothing else tells them.
+
+    Raises:
+        ValueError: if a layer of that name is missing.
+
+    Example:
+        >>> network = backbone(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 5)))
+        >>> network.head_prefix, network.n_outputs, network.embedding_size
+        ('module.3.', 5, 64)
+    """
+    if isinstance(network, Network):
+        return network
+    return Backbone(network, head=head, features=features, image_shape=image_shape)
+
+
+class Backbone(Embedding):
+    """Anybody's module as a network; see `backbone`.
+
+    Args:
+        network: the module.
+        head, features, image_shape: see `backbone`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        head: str | None = None,
+        features: str | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = network
+        linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+        self.head_name = (linear[-1] if linear else "") if head is None else head
+        self.feature_name = features
+        for name in filter(None, (head, features)):
+            if name not in dict(network.named_modules()):
+                raise ValueError(f"{type(network).__name__} has no layer {name!r}; see its named_modules()")
+        last = self.head if self.head_name else network.get_submodule(linear[-1]) if linear else None
+        self.head_prefix = f"module.{self.head_name}.".replace("..", ".") if self.head_name or last is network else None
+        self.n_outputs = getattr(last, "out_features", None)
+        self.embedding_size = getattr(last, "in_features" if self.head_name else "out_features", None)
+        self.normalization = _policy(network)
+        if image_shape is not None:
+            self._probe(image_shape)
+
+    @property
+    def head(self) -> nn.Module:
+        """The last layer."""
+        return self.module.get_submodule(self.head_name)
+
+    def forward(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n output"]:
+        """What the module makes of the images, which layers like batch normalisation may make of all of them."""
+        return self.module(images)
+
+    def embed(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
+        """What enters the last layer; what leaves the module if there is none."""
+        if not self.head_name:
+            return self.module(images).flatten(1)
+        return self._seen(images, self.head, lambda inputs, _: inputs[0]).flatten(1)
+
+    def features(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
+        """What leaves the layer that `features` names."""
+        if self.feature_name is None:
+            return super().features(images)
+        return self._seen(images, self.module.get_submodule(self.feature_name), lambda _, outputs: outputs)
+
+    def _seen(self, images: Tensor, layer: nn.Module, which: Callable[[Any, Any], Tensor]) -> Tensor:
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(lambda _, inputs, outputs: seen.append(which(inputs, outputs)))
+        try:
+            self.module(images)
+        finally:
+            hook.remove()
+        return seen[-1]
+
+    @torch.no_grad()
+    def _probe(self, image_shape: tuple[int, int, int]) -> None:
+        modes = {layer: layer.training for layer in self.modules()}
+        self.eval()
+        like = next(self.module.parameters(), torch.zeros(()))
+        images = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
+        self.embedding_size = self.embed(images).shape[1]
+        if self.feature_name is not None:
+            self.feature_shape = tuple(self.features(images).shape[1:])  # pyright: ignore[reportAttributeAccessIssue]
+        for layer, training in modes.items():
+            layer.training = training
+
+
+def _policy(network: nn.Module) -> str:
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return "none"
+    return "batch" if any(norm.running_mean is None for norm in norms) else "running"
+
+
+def embedding_size(network: Embedding, method: str) -> int:
+    """The length of a network's embeddings.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    if network.embedding_size is None:
+        raise ValueError(
+            f"{method} must know the length of an embedding, which {_name(network)} does not tell; give it "
+            "backbone(network, image_shape=(channels, height, width))"
+        )
+    return network.embedding_size
+
+
+def _name(network: nn.Module) -> str:
+    return type(network.module if isinstance(network, Backbone) else network).__name__

@@ -5,8 +5,11 @@ Images reach an episode from a `ClassImages`: one uint8 tensor of drawings, grou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -40,8 +43,9 @@ class EpisodeSpec:
     def __post_init__(self) -> None:
         for name in ("n_way", "k_shot", "n_query"):
             size = getattr(self, name)
-            if not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
                 raise ValueError(f"{name} must be a positive integer, got {size!r}")
+            object.__setattr__(self, name, int(size))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +59,12 @@ class ClassImages:
         images: `[class, drawing, channel, height, width]`, uint8.
         names: one name a class, such as `"Greek/character03"`.
         rotations: whether the three turned copies of each class count as classes.
+        counts: how many images, the first ones, each class has, where these are not equally many; what follows them in
+            `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
 
     Raises:
-        ValueError: if names and images differ in number, or rotations are asked of images that are not square.
+        ValueError: if images are not uint8 or come channels last, names or counts do not fit them, or rotations are
+            asked of images that are not square.
 
     Example:
         >>> classes = ClassImages(torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b", "c"), rotations=True)
@@ -71,13 +78,20 @@ class ClassImages:
     images: UInt8[Tensor, "drawn_class drawing channel height width"]
     names: Sequence[str]
     rotations: bool = False
+    counts: Int64[Tensor, " drawn_class"] | None = None
 
     def __post_init__(self) -> None:
+        _check_class_images(self.images)
         if len(self.names) != len(self.images):
             raise ValueError(f"{len(self.images)} classes of images but {len(self.names)} names; give one name a class")
         if self.rotations and self.images.shape[-1] != self.images.shape[-2]:
             height, width = self.images.shape[-2:]
             raise ValueError(f"rotations need square images, got {height}×{width}; resize them or drop rotations")
+        most = self.images.shape[1]
+        if self.counts is not None and not (self.counts.min() >= 1 and self.counts.max() <= most):
+            raise ValueError(
+                f"counts must be from 1 to the {most} images that classes have room for, got {self.counts}"
+            )
 
     def __len__(self) -> int:
         return len(self.images) * (4 if self.rotations else 1)
@@ -96,6 +110,10 @@ class ClassImages:
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
         """What draws tasks of these classes."""
         return EpisodeSampler(self, spec, seed=seed)
+
+    def mini_batches(self, spec: EpisodeSpec, *, seed: int = 0) -> ClassificationSampler:
+        """What draws ordinary mini-batches of all classes, as many images a row as a task of this spec has."""
+        return ClassificationSampler(self, spec.n_way * (spec.k_shot + spec.n_query), seed=seed)
 
     def to(self, device: torch.device | str) -> ClassImages:
         """The same classes with their pixels on `device`."""
@@ -126,11 +144,15 @@ class Episode:
     `labels` the real-valued targets, `[task, support, output]`, and `n_way` says how many numbers a target has.
 
     Args:
-        support_images: pixels from 0 (paper) to 1 (ink).
-        support_labels: one label a support image.
-        query_images: pixels from 0 (paper) to 1 (ink).
-        query_labels: one label a query image; a learner's `forward` never reads them.
-        n_way: classes in each task.
+        support_images: `[task, support, channel, height, width]`, pixels from 0 (paper) to 1 (ink).
+        support_labels: one label a support image; every class has at least one.
+        query_images: `[task, query, channel, height, width]`.
+        query_labels: one label a query image, if they are known; a learner's `forward` never reads them.
+        n_way: classes in each task; default: as the support labels say.
+
+    Raises:
+        ValueError: if shapes do not fit, pixels are not floating-point numbers, or labels are not those of `n_way`
+            classes. `learner.predict` takes any labels, and images as they come.
 
     Example:
         >>> images, labels = torch.zeros(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -145,24 +167,44 @@ class Episode:
     support_images: Float[Tensor, "task support *image"]
     support_labels: Int64[Tensor, "task support"] | Float[Tensor, "task support way"]
     query_images: Float[Tensor, "task query *image"]
-    query_labels: Int64[Tensor, "task query"] | Float[Tensor, "task query way"]
-    n_way: int
+    query_labels: Any = None  # as support_labels, if they are known
+    n_way: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.n_way:
+            object.__setattr__(self, "n_way", _count_ways(self.support_labels))
+        for part in ("support", "query"):
+            images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
+            _check_images(images, f"{part}_images")
+            if labels is not None:
+                object.__setattr__(self, f"{part}_labels", _checked_labels(labels, images, self.n_way, part))
+        if len(self.query_images) != len(self.support_images):
+            raise ValueError(
+                f"{len(self.support_images)} tasks of support images but {len(self.query_images)} of query images"
+            )
+
+    @classmethod
+    def unchecked(cls, *tensors: Tensor, n_way: int) -> Episode:
+        """An episode of tensors that were checked before, where values cannot be read: while tracing."""
+        made = object.__new__(cls)
+        names = ("support_images", "support_labels", "query_images", "query_labels")
+        vars(made).update(zip(names, tensors, strict=True), n_way=n_way)
+        return made
 
     def __len__(self) -> int:
         return len(self.support_images)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Episode:
-        return Episode(
-            change(self.support_images),
-            change(self.support_labels),
-            change(self.query_images),
-            change(self.query_labels),
-            self.n_way,
-        )
+    def __iter__(self) -> Iterator[Episode]:
+        return (self.task(i) for i in range(len(self)))
 
-    def to(self, device: torch.device | str) -> Episode:
-        """The same tasks on `device`."""
-        return self._map(lambda tensor: tensor.to(device))
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Episode:
+        changed = copy(self)  # whose labels have been checked
+        vars(changed).update({name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return changed
+
+    def to(self, *where: Any) -> Episode:
+        """The same tasks on a device, or with pixels (and real-valued targets) of another dtype."""
+        return self._map(lambda tensor: tensor.to(*where) if tensor.is_floating_point() else _moved(tensor, *where))
 
     def tasks(self, which: slice) -> Episode:
         """The tasks of a slice, still as a batch."""
@@ -182,9 +224,10 @@ class Episode:
 class EpisodeSampler:
     """Draws tasks: `n_way` distinct classes each, support and query drawings disjoint.
 
-    Every draw comes from one CPU `torch.Generator`, so the same seed gives the same tasks on every
-    platform and device, however many are drawn at once. Which class gets which label is part of the draw. Where
-    turned classes count, a task holds no class twice, turned otherwise: a circle and a turned circle are one.
+    Every draw comes from CPU generators, so the same seed gives the same tasks on every platform and device, however
+    many are drawn at once. Which class gets which label is part of the draw, and the support images come in random
+    order. Where turned classes count, a task holds no class twice, turned otherwise: a circle and a turned circle are
+    one.
 
     Args:
         classes: where the images come from.
@@ -204,21 +247,30 @@ class EpisodeSampler:
         Vinyals et al. (2016), section 4.1.
     """
 
-    in_random_order = False
-
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
-        drawings = classes.images.shape[1]
         if spec.n_way > len(classes.names):
             raise ValueError(
                 f"n_way = {spec.n_way} exceeds the {len(classes.names)} classes of this split; lower n_way"
             )
-        if spec.k_shot + spec.n_query > drawings:
+        counts = [classes.images.shape[1]] * len(classes.names) if classes.counts is None else classes.counts.tolist()
+        if spec.k_shot + spec.n_query > min(counts):
+            lower = "n_query" if spec.k_shot < min(counts) else "k_shot"
             raise ValueError(
-                f"k_shot + n_query = {spec.k_shot + spec.n_query} exceeds the {drawings} drawings "
-                f"of class '{classes.names[0]}'; lower n_query"
+                f"k_shot + n_query = {spec.k_shot + spec.n_query} exceeds the {min(counts)} drawings "
+                f"of class '{classes.names[counts.index(min(counts))]}'; lower {lower}"
             )
         self.classes, self.spec = classes, spec
         self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.Generator().manual_seed(seed)  # of the support set: its own, so that it changes no task
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream of tasks is."""
+        return {"generator": self.generator.get_state(), "order": self.order.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+        self.order.set_state(state["order"])
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks.
@@ -233,54 +285,151 @@ class EpisodeSampler:
         if n_tasks < 1:
             raise ValueError(f"n_tasks must be positive, got {n_tasks}")
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
-        classes, drawings, order = self._draw(n_tasks)
+        classes, drawings = self._draw(n_tasks)
         pixels = self.classes.take(classes, drawings)  # [task, way, shot, channel, height, width]
-        support, query = (part.flatten(1, 2).float().div_(255) for part in pixels.split([k_shot, n_query], dim=2))
-        labels = torch.arange(n_way, device=pixels.device)
-        support_labels = labels.repeat_interleave(k_shot).repeat(n_tasks, 1)
-        if order is not None:
-            tasks, order = torch.arange(n_tasks, device=pixels.device)[:, None], order.to(pixels.device)
-            support, support_labels = support[tasks, order], support_labels[tasks, order]
-        query_labels = labels.repeat_interleave(n_query).repeat(n_tasks, 1)
-        return Episode(support, support_labels, query, query_labels, n_way), classes
+        support, query = (part.flatten(1, 2) for part in pixels.split([k_shot, n_query], dim=2))
+        keys = torch.rand(n_tasks, n_way * k_shot, dtype=torch.float64, generator=self.order)
+        order = keys.argsort().to(pixels.device)  # sorted by class, the support set would give its labels away
+        support = support[torch.arange(n_tasks, device=pixels.device)[:, None], order]
+        query_labels = torch.arange(n_way, device=pixels.device).repeat_interleave(n_query).repeat(n_tasks, 1)
+        support, query = support.float().div_(255), query.float().div_(255)
+        return Episode(support, order // k_shot, query, query_labels, n_way), classes
 
-    def _draw(
-        self, n_tasks: int
-    ) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"], Int64[Tensor, "task support"] | None]:
-        """Distinct classes of each task, distinct drawings of each class, in random order; the order of the support."""
+    def _draw(self, n_tasks: int) -> tuple[Int64[Tensor, "task way"], Int64[Tensor, "task way shot"]]:
+        """Distinct classes of each task, distinct drawings of each class, in random order."""
         n_drawn, n_drawings = self.classes.images.shape[:2]
         n_way, n_shots = self.spec.n_way, self.spec.k_shot + self.spec.n_query
-        n_order = n_way * self.spec.k_shot if self.in_random_order else 0
         # one row of random keys a task, so that a task does not depend on how many are drawn at once
-        sizes = [n_drawn, n_way, n_way * n_drawings, n_order]
+        sizes = [n_drawn, n_way, n_way * n_drawings]
         keys = torch.rand(n_tasks, sum(sizes), dtype=torch.float64, generator=self.generator).split(sizes, dim=1)
         classes = keys[0].topk(n_way).indices
+        of_drawings = keys[2].unflatten(1, (n_way, n_drawings))
+        if self.classes.counts is not None:
+            absent = torch.arange(n_drawings) >= self.classes.counts[classes][..., None]
+            of_drawings = of_drawings.masked_fill(absent, -1.0)
         if self.classes.rotations:
             classes = classes * 4 + (keys[1] * 4).long()
-        drawings = keys[2].unflatten(1, (n_way, n_drawings)).topk(n_shots).indices
-        return classes, drawings, keys[3].argsort() if n_order else None
+        return classes, of_drawings.topk(n_shots).indices
 
 
-class StreamSampler(EpisodeSampler):
-    """Draws the same tasks with their support images in random order, for methods that read them one after another.
+class ClassificationSampler:
+    """Draws ordinary mini-batches of labelled images, in the clothes of an episode.
 
-    A stream that comes sorted by class gives its labels away: after one image of class 0 the next is of class 0 too.
+    A mini-batch is an episode without support: one task whose ways are all the classes at once. Each image is of
+    a class drawn at random, with replacement, so the generator is all that a resumed run must restore. The rows of
+    an episode are a mini-batch in parts, which processes can share: `n_tasks * images_per_task` images in all.
 
     Args:
-        classes: where the images come from.
-        spec: the shape of the tasks; the stream has `n_way * k_shot` images.
-        seed: where the stream of tasks begins.
+        classes: where the images come from; label `c` is class `c`.
+        images_per_task: images in a row.
+        seed: where the stream of images begins.
 
     Raises:
-        ValueError: as `EpisodeSampler`.
+        ValueError: if `images_per_task` or `n_tasks` is not positive.
 
     Example:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
-        >>> StreamSampler(classes, EpisodeSpec(5, 10, 1), seed=0).sample(16).support_images.shape
-        torch.Size([16, 50, 1, 28, 28])
+        >>> batch = ClassificationSampler(classes, images_per_task=10).sample(4)
+        >>> batch.query_images.shape, batch.support_images.shape[1], batch.n_way
+        (torch.Size([4, 10, 1, 28, 28]), 0, 8)
 
     Reference:
-        Santoro et al. (2016), section 2.2.
+        Chen et al. (2019), section 3.2: the training stage of the baseline.
     """
 
-    in_random_order = True
+    def __init__(self, classes: ClassImages, images_per_task: int, *, seed: int = 0) -> None:
+        if images_per_task < 1:
+            raise ValueError(f"images_per_task must be positive, got {images_per_task}")
+        self.classes, self.images_per_task = classes, images_per_task
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream of images is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+
+    def sample(self, n_tasks: int) -> Episode:
+        """Draw the next `n_tasks` rows of images."""
+        if n_tasks < 1:
+            raise ValueError(f"n_tasks must be positive, got {n_tasks}")
+        shape, n_way = (n_tasks, self.images_per_task), len(self.classes)
+        labels = torch.randint(n_way, shape, generator=self.generator)
+        if self.classes.counts is None:
+            drawings = torch.randint(self.classes.images.shape[1], shape, generator=self.generator)
+        else:
+            counts = self.classes.counts[labels // (4 if self.classes.rotations else 1)]
+            drawings = (torch.rand(shape, dtype=torch.float64, generator=self.generator) * counts).long()
+        images = self.classes.take(labels, drawings.unsqueeze(-1)).squeeze(2).float().div_(255)
+        labels = labels.to(images.device)
+        return Episode(images[:, :0], labels[:, :0], images, labels, n_way)
+
+
+# --- what is asked of images and labels ---
+
+
+def _check_class_images(images: Tensor) -> None:
+    shape = tuple(images.shape)
+    if images.dim() != 5:
+        raise ValueError(f"images must be [class, drawing, channel, height, width], got {list(shape)}")
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images must be uint8, 0 (paper) to 255 (ink), got {images.dtype}; for floats from 0 to 1 give "
+            "(255 * images).round().to(torch.uint8)"
+        )
+    if shape[-1] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+        raise ValueError(f"images come channels last, {list(shape)}; give images.movedim(-1, 2)")
+
+
+def _check_images(images: Tensor, name: str) -> None:
+    if images.dim() < 3:
+        raise ValueError(f"{name} must be [task, image, ...], got {list(images.shape)}; one task needs images[None]")
+    if not images.is_floating_point():
+        raise ValueError(f"{name} must be floats, 0 (paper) to 1 (ink), got {images.dtype}; divide by 255 first")
+
+
+def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Tensor:
+    if labels.shape[:2] != images.shape[:2]:
+        raise ValueError(
+            f"{part}_labels must be [task, image], here {list(images.shape[:2])}, got {list(labels.shape)}; "
+            "a batch of one task has a task axis too, as in labels[None]"
+        )
+    if labels.is_floating_point():
+        if labels.dim() != 3 or labels.shape[2] != n_way:
+            raise ValueError(
+                f"{part}_labels are floats: targets of a regression, [task, point, {n_way}], got {list(labels.shape)}; "
+                "labels of classes are integers"
+            )
+        return labels
+    if labels.dim() != 2:
+        raise ValueError(f"{part}_labels of classes must be [task, image], got {list(labels.shape)}")
+    labels = labels.long()
+    if not labels.numel():
+        return labels
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= n_way:
+        raise ValueError(
+            f"{part}_labels run from {low} to {high}, but those of {n_way} classes from 0 to {n_way - 1}; "
+            "learner.predict takes labels of any kind"
+        )
+    if part == "support":
+        present = torch.zeros(len(labels), n_way, dtype=torch.bool, device=labels.device).scatter(1, labels, True)
+        if not bool(present.all()):
+            missing = int((~present).any(0).nonzero()[0])
+            raise ValueError(
+                f"class {missing} of n_way = {n_way} has no support image in some task; number only classes that are "
+                "there, from 0 (learner.predict does)"
+            )
+    return labels
+
+
+def _count_ways(labels: Tensor) -> int:
+    return labels.shape[-1] if labels.is_floating_point() else int(labels.max()) + 1 if labels.numel() else 0
+
+
+def _moved(labels: Tensor, *where: Any) -> Tensor:
+    """On another device; labels of classes keep their dtype."""
+    devices = [place for place in where if not isinstance(place, torch.dtype)]
+    return labels.to(*devices) if devices else labels

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
-from metatutor.allocator import keep_freed_memory_once
-from metatutor.backbones import Embedding, Network
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.backbones import Described, Network, backbone
+from metatutor.data.images import task_of
+from metatutor.episodes import Episode
+from metatutor.files import replacing
+from metatutor.functional import Parameters, TaskMap
 
-Parameters = dict[str, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, way] and labels [n], or of outputs and targets [n, output]
 
 
@@ -27,32 +30,46 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.mse_loss(outputs, targets) if targets.is_floating_point() else F.cross_entropy(outputs, targets)
 
 
-class Learner(nn.Module, ABC):
+class Learner(Described, nn.Module, ABC):
     """Something that learns a task from its support set and answers its query images.
 
-    `forward` and `meta_loss` are all that training and evaluation know of a method. A method that takes
-    gradient steps at test time takes them inside `forward`, also under `torch.no_grad()`. No method reads
-    `episode.query_labels` in `forward`.
+    `forward` and `meta_loss` are all that training and evaluation know of a method; the rest of what it is, it says
+    itself. A method that takes gradient steps at test time takes them inside `forward`, also under `torch.no_grad()`.
+    No method reads `episode.query_labels` in `forward`, and `meta_loss` changes nothing: asked twice, it answers twice
+    the same. `metatutor.testing.check_learner` tests all of this, for methods of your own too.
 
     Attributes:
+        learns: whether there is something to meta-train.
+        trains_on: whether it is trained on `"episodes"` or, like an ordinary classifier, on all `"classes"` at once.
+        reads_streams: whether it can be evaluated on streams, every image of which is asked before its label is told.
+        ways: how many classes a task must have; None: any number.
         normalization: the policy of its network (see `ConvNet`), or `"none"`.
         transductive: whether the answer for one query image may depend on the other query images.
 
     Example:
-        >>> import torch
         >>> class AlwaysTheFirst(Learner):
         ...     def forward(self, episode):
-        ...         return torch.eye(episode.n_way)[torch.zeros_like(episode.query_labels)]
+        ...         n_tasks, n_query = episode.query_images.shape[:2]
+        ...         return torch.eye(episode.n_way)[torch.zeros(n_tasks, n_query, dtype=torch.long)]
         >>> images, labels = torch.zeros(1, 2, 1, 28, 28), torch.tensor([[0, 1]])
-        >>> AlwaysTheFirst()(Episode(images, labels, images, labels, n_way=2)).argmax(-1)
+        >>> AlwaysTheFirst()(Episode(images, labels, images)).argmax(-1)
         tensor([[0, 0]])
 
     Reference:
         Vinyals et al. (2016), section 2.2: train in the way you will be tested.
     """
 
-    transductive: bool = False
+    learns: bool = True
+    trains_on: Literal["episodes", "classes"] = "episodes"
+    reads_streams: bool = False
+    ways: int | None = None
     normalization: str = "none"
+    transductive: bool = False
+
+    @classmethod
+    def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
+        """How many numbers its network must put out, for tasks of so many ways; None: an embedding will do."""
+        return None
 
     @abstractmethod
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
@@ -62,25 +79,163 @@ class Learner(nn.Module, ABC):
         """What the outer loop minimises: the mean cross-entropy of the query images."""
         return F.cross_entropy(self(episode).flatten(0, 1), episode.query_labels.flatten())
 
-    def sampler(self, classes: Any, spec: EpisodeSpec, *, seed: int = 0) -> Any:
-        """What the outer loop draws for this method from the meta-training classes: episodes, as a rule."""
-        return classes.sampler(spec, seed=seed)
+    def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
+        """What an evaluation takes the mean of: each task's accuracy, or its squared error where numbers are predicted.
 
-    def test_sampler(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
-        """What draws the tasks that this method is tested on."""
-        return classes.sampler(spec, seed=seed)
+        Args:
+            episode: with query labels.
+            stream: see `reads_streams`.
+
+        Returns:
+            `[task]`; or `[task, step]` of regressions by steps, `[task, instance]` of streams.
+        """
+        answers = self(episode)
+        if episode.query_labels.is_floating_point():
+            return (answers - episode.query_labels).pow(2).mean((1, 2))[:, None]
+        return (answers.argmax(-1) == episode.query_labels).float().mean(1)
+
+    def chunks(self, episode: Episode, at_once: int | None = None) -> Iterator[Episode]:
+        """The tasks of an episode, as many at a time as the outer loop is to take; their gradients add up.
+
+        Args:
+            episode: a batch of tasks.
+            at_once: how many; default: as many as are fastest.
+        """
+        size = at_once or self.tasks_at_once(episode)
+        return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
+
+    def tasks_at_once(self, episode: Episode) -> int:
+        """How many tasks of this shape are best computed at once: all of them, as a rule."""
+        return len(episode)
+
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        """What the outer loop changes, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def after_step(self) -> None:
+        """Called by the outer loop after every step: the place for what is not learned by gradients."""
 
     def finish(self) -> None:
         """Drop what only the outer loop needed, before the parameters are recorded: nothing, as a rule."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def predict(
+        self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
+    ) -> list[Hashable]:
+        """Learn from some labelled images and name others.
+
+        Args:
+            support_images: tensors or arrays, `[image, channel, height, width]` or, of one channel,
+                `[image, height, width]`; bytes from 0 to 255 or floats from 0 (paper) to 1 (ink), as in training.
+            support_labels: one label an image, of any kind: names, numbers.
+            query_images: the images to name, in the same form.
+
+        Returns:
+            One of the given labels for each query image.
+
+        Raises:
+            ValueError: if images are of another form, or their labels do not fit; it says what to do.
+
+        Example:
+            >>> from metatutor import NearestPixels
+            >>> black, white = torch.ones(28, 28), torch.eye(28)
+            >>> NearestPixels().predict([black, white], ["a", "b"], [white, white, black])
+            ['b', 'b', 'a']
+        """
+        episode, names = task_of(support_images, support_labels, query_images)
+        dtype = next((p.dtype for p in self.parameters()), torch.float32)
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                answers = self(episode.to(self.device, dtype))[0].argmax(-1)
+        finally:
+            self.train(was_training)
+        return [names[i] for i in answers.tolist()]
+
+    def save(self, path: Path | str) -> None:
+        """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle."""
+        network = getattr(self, "network", None)
+        about = {"learner": [type(self).__name__, self.arguments]}
+        if isinstance(network, Network):
+            about["network"] = [type(network).__name__, network.arguments]
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
+        with replacing(Path(path)) as temporary:
+            temporary.write_bytes(save(tensors, {"metatutor": json.dumps(about)}))
+
+
+def load(path: Path | str, network: nn.Module | None = None) -> Learner:
+    """Read a learner that `learner.save` wrote, in evaluation mode.
+
+    Args:
+        path: the file.
+        network: one of the same architecture, if it is not one of ours; its parameters are replaced.
+
+    Raises:
+        ValueError: if the file is not one of those, or its parameters do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from metatutor import ConvNet, Prototypical
+        >>> path = Path(tempfile.mkdtemp(), "prototypical.safetensors")
+        >>> Prototypical(ConvNet(filters=8), distance="cosine").save(path)
+        >>> load(path).distance
+        'cosine'
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["metatutor"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a file that learner.save wrote ({error})") from None
+    if network is None and "network" in about:
+        network = _exported(path, *about["network"])
+    learner = _exported(path, *about["learner"], **({} if network is None else {"network": network}))
+    load_parameters(learner, tensors, path)
+    return learner.eval()
+
+
+def _exported(path: Path | str, name: str, arguments: dict[str, Any], **more: Any) -> Any:
+    """One of the classes that the package exports, made with recorded arguments."""
+    import metatutor
+
+    if name == "Backbone":
+        raise ValueError(f"{path} was saved with a network of your own; load it with load(path, network=that network)")
+    made = getattr(metatutor, name, None) if name in metatutor.__all__ else None
+    if not isinstance(made, type):
+        raise ValueError(f"{path} holds a {name}, which metatutor does not export; build it and load_state_dict")
+    lists = {n: tuple(value) if isinstance(value, list) else value for n, value in arguments.items()}
+    return made(**more, **lists)
+
+
+def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Path | str) -> None:
+    """Put recorded parameters into a learner of the same architecture.
+
+    Raises:
+        ValueError: if a name or a shape differs; the learner is then unchanged.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    if expected != found:
+        name = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
+        raise ValueError(
+            f"{source} holds another architecture: '{name}' is {found.get(name, 'absent')} there and "
+            f"{expected.get(name, 'absent')} here; build the learner from the run's own config.json"
+        )
+    learner.load_state_dict(parameters)
 
 
 class NetworkLearner(Learner):
     """A learner of one network, of which each task may have its own parameters, `[task, ...]` by name.
 
     Args:
-        network: maps images and `n_support` to logits; its normalisation policy is the learner's.
-        loss: of the outputs for a task's images and its labels; default: `task_loss`, which takes class labels or
-            real-valued targets.
+        network: any module from images to logits, or embeddings if those will do (see `backbone`).
+        loss: of the outputs for a task's query images and their labels; default: `task_loss`, which takes class labels
+            or real-valued targets. A function or a module, such as `nn.CrossEntropyLoss(label_smoothing=0.1)`.
 
     Example:
         >>> class OneForAll(NetworkLearner):
@@ -89,22 +244,17 @@ class NetworkLearner(Learner):
         ...         return self.query_logits(episode, everyones)
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> OneForAll(ConvNet(5, filters=4))(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> OneForAll(ConvNet(5, filters=4))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 3.1.
     """
 
     network: Network
-    loss: Loss = staticmethod(task_loss)
 
-    def __init__(self, network: Network, loss: Loss | None = None) -> None:
+    def __init__(self, network: nn.Module, loss: Loss | None = None) -> None:
         super().__init__()
-        self.network = network
-        if loss is not None:
-            self.loss = loss
-        keep_freed_memory_once()
+        self.network = backbone(network)
+        self.loss: Loss = task_loss if loss is None else loss
+        self.each_task = TaskMap()
 
     @property
     def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -120,163 +270,24 @@ class NetworkLearner(Learner):
         """The mean loss of the query images."""
         return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
 
-    def under(self, parameters: Parameters, method: Callable[..., Any], *arguments: Any) -> Any:
-        """What a method of this learner returns under other parameters, given by their names in the learner."""
-        return functional_call(_Method(self, method), {f"learner.{n}": p for n, p in parameters.items()}, arguments)
-
-    def support_losses(self, episode: Episode, parameters: Parameters) -> Float[Tensor, " task"]:
+    def support_losses(
+        self, episode: Episode, parameters: Parameters, loss: Loss | None = None
+    ) -> Float[Tensor, " task"]:
         """Each task's loss on its support set: what gradient descent on a task descends."""
+        of_outputs = self.loss if loss is None else loss
 
-        def loss(of_task: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-            return self.loss(functional_call(self.network, of_task, (images,)), labels)
+        def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:
+            return of_outputs(functional_call(self.network, own, (images,)), labels)
 
-        return vmap(loss)(parameters, episode.support_images, episode.support_labels)
+        return self.each_task(of_task, parameters, episode.support_images, episode.support_labels)
 
     def query_logits(self, episode: Episode, parameters: Parameters) -> Float[Tensor, "task query way"]:
         """The logits of the query images; support images are seen only by the `"support"` normalisation."""
 
-        def logits(of_task: Parameters, support: Tensor, query: Tensor) -> Tensor:
+        def of_task(own: Parameters, support: Tensor, query: Tensor) -> Tensor:
             if self.network.normalization != "support":
-                return functional_call(self.network, of_task, (query,))
+                return functional_call(self.network, own, (query,))
             images = torch.cat([support, query])
-            return functional_call(self.network, of_task, (images, len(support)))[len(support) :]
+            return functional_call(self.network, own, (images, len(support)))[len(support) :]
 
-        return vmap(logits)(parameters, episode.support_images, episode.query_images)
-
-
-class EmbeddingLearner(NetworkLearner):
-    """Embeds every image of a task and answers from the embeddings, in one pass: no steps are taken on a task.
-
-    A method says how tasks are answered, `answer`, and, if not by cross-entropy, how the answer is judged, `meta_loss`.
-
-    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `finetune_loss` of the
-    support images asked about themselves: what the source article proposes, and none of the papers does. Outer loop
-    and fine-tuning do not meet: the outer loop trains without it.
-
-    Args:
-        network: the embedding; a last layer, if it has one, is not used.
-        finetune_steps: of gradient descent on each support set, in evaluation mode.
-        finetune_lr: its learning rate.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> class NearestSum(EmbeddingLearner):
-        ...     def answer(self, episode):
-        ...         support, query = self.embed(episode)
-        ...         return query @ (F.one_hot(episode.support_labels).float().mT @ support).mT
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> NearestSum(ConvNet(filters=4))(Episode(images, labels, images, labels, n_way=5)).shape
-        torch.Size([2, 5, 5])
-
-    Reference:
-        Vinyals et al. (2016), section 2.
-    """
-
-    network: Embedding  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, network: Embedding, *, finetune_steps: int = 0, finetune_lr: float = 0.01) -> None:
-        super().__init__(network)
-        check_finetuning(finetune_steps, finetune_lr)
-        self.finetune_steps, self.finetune_lr = finetune_steps, finetune_lr
-
-    @abstractmethod
-    def answer(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """Logits of the query images, under the parameters as they are."""
-
-    def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """Answer, in evaluation mode after fine-tuning on each support set if asked for."""
-        if self.training or not self.finetune_steps:
-            return self.answer(episode)
-        tasks = [episode.task(i) for i in range(len(episode))]
-        return torch.cat([self.under(self.finetune(task), self.answer, task) for task in tasks])
-
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean cross-entropy of the query images, without fine-tuning."""
-        return F.cross_entropy(self.answer(episode).flatten(0, 1), episode.query_labels.flatten())
-
-    def finetune_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """What fine-tuning descends: the meta-loss, as a rule."""
-        return self.meta_loss(episode)
-
-    def embed(
-        self, episode: Episode
-    ) -> tuple[Float[Tensor, "task support embedding"], Float[Tensor, "task query embedding"]]:
-        """Embeddings of the support and of the query images; each task's are normalised by themselves."""
-        n_support = episode.support_images.shape[1]
-        images = torch.cat([episode.support_images, episode.query_images], dim=1)
-        embeddings = each_task(lambda of_task: self.network.embed(of_task, n_support), images)
-        return embeddings[:, :n_support], embeddings[:, n_support:]
-
-    def finetune(self, task: Episode) -> Parameters:
-        """One task's own parameters by name, after gradient descent on `finetune_loss` of its support set."""
-        asked = replace(task, query_images=task.support_images, query_labels=task.support_labels)
-        own = {name: p.detach() for name, p in self.named_parameters()}
-        with torch.enable_grad():
-            for _ in range(self.finetune_steps):
-                own = {name: p.requires_grad_() for name, p in own.items()}
-                loss = self.under(own, self.finetune_loss, asked)
-                gradients = torch.autograd.grad(loss, list(own.values()), allow_unused=True, materialize_grads=True)
-                descent = zip(own.items(), gradients, strict=True)
-                own = {name: (p - self.finetune_lr * g).detach() for (name, p), g in descent}
-        return own
-
-
-def each_task(network: Callable[..., Tensor], *tensors: Tensor, side_by_side: bool | None = None) -> Tensor:
-    """What a network makes of every task's tensors, each task by itself.
-
-    Side by side on a GPU; one after the other on a CPU, where one task's activations stay in the cache.
-    """
-    if tensors[0].is_cuda if side_by_side is None else side_by_side:
-        return vmap(network)(*tensors)
-    return torch.stack([network(*of_task) for of_task in zip(*tensors, strict=True)])
-
-
-def check_finetuning(steps: int, lr: float) -> None:
-    """Raise a `ValueError` if the arguments of fine-tuning are out of range."""
-    if steps < 0:
-        raise ValueError(f"finetune_steps must not be negative, got {steps}")
-    if not lr > 0:
-        raise ValueError(f"finetune_lr must be positive, got {lr}")
-
-
-def without_method(config: Any) -> dict[str, Any]:
-    """The arguments of a learner in its configuration."""
-    return {name: value for name, value in vars(config).items() if name != "method"}
-
-
-def preprocess(values: Float[Tensor, " n"], p: float = 10.0) -> Float[Tensor, "n 2"]:
-    """Size and sign of numbers of any magnitude: `(log|x| / p, sign(x))`, or `(-1, e^p x)` where `|x| < e^-p`.
-
-    Args:
-        values: gradients or losses.
-        p: how small a number still counts.
-
-    Returns:
-        Two numbers each, from about -1 to 1.
-
-    Example:
-        >>> preprocess(torch.tensor([1.0, -math.exp(-5), 0.0]))
-        tensor([[ 0.0000,  1.0000],
-                [-0.5000, -1.0000],
-                [-1.0000,  0.0000]])
-
-    Reference:
-        Andrychowicz et al. (2016), appendix A.
-    """
-    large = values.abs() >= math.exp(-p)
-    size = values.abs().clamp_min(math.exp(-p)).log() / p
-    return torch.stack([torch.where(large, size, -1.0), torch.where(large, values.sign(), math.exp(p) * values)], dim=1)
-
-
-class _Method(nn.Module):
-    """A method of a module as the `forward` of another, for `functional_call`."""
-
-    def __init__(self, learner: nn.Module, method: Callable[..., Any]) -> None:
-        super().__init__()
-        self.learner, self.method = learner, method
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.method(*arguments)
+        return self.each_task(of_task, parameters, episode.support_images, episode.query_images)

@@ -8,39 +8,34 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metatutor.episodes import Episode
-from metatutor.learner import Learner
+from metatutor.allocator import keep_freed_memory_once
+from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.files import replacing
+from metatutor.learner import Learner, load_parameters
 
 HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
 CHECKPOINT = "checkpoint.pt"
+_OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss was not finite; the last good checkpoint is kept."""
-
-
-@runtime_checkable
-class Sampler(Protocol):
-    """Anything that draws episodes from a generator it owns, such as `EpisodeSampler`."""
-
-    generator: torch.Generator
-
-    def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,17 @@ class TrainConfig:
         outer_lr: peak learning rate of the outer optimizer.
         warmup: iterations of linear rise to `outer_lr`.
         schedule: what follows the warm-up: `"cosine"` decay to zero, or `"constant"`.
-        clip_norm: the gradient is scaled down to this norm where it is longer.
+        clip_norm: the gradient is scaled down to this norm where it is longer; None: never.
         log_every: iterations between two rows of history, each with an accuracy in training and validation.
         checkpoint_every: iterations between two checkpoints.
-        seed: of the network's initial parameters and of the stream of training tasks.
-        optimizer: the outer one, `"adam"` or plain gradient descent, `"sgd"`.
+        seed: of the stream of training tasks, and of dropout. `metatutor train` draws the initial parameters from it
+            too; in Python they are drawn before `train` sees the learner, from `torch.manual_seed`.
+        optimizer: the outer one: `"adam"`, `"adamw"` or plain gradient descent, `"sgd"`.
+        weight_decay: of the outer optimizer.
+        tasks_at_once: tasks computed side by side, a matter of memory and speed; default: as the learner likes.
+        keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
+            validation accuracy was `"best"`.
+        patience: rows of history without a better validation accuracy after which training ends early; None: never.
 
     Raises:
         ValueError: if a number is out of range.
@@ -75,20 +76,32 @@ class TrainConfig:
     outer_lr: float = 3e-3
     warmup: int = 100
     schedule: Literal["cosine", "constant"] = "cosine"
-    clip_norm: float = 10.0
+    clip_norm: float | None = 10.0
     log_every: int = 250
     checkpoint_every: int = 250
     seed: int = 0
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    tasks_at_once: int | None = None
+    keep: Literal["last", "best"] = "last"
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "tasks_per_step", "outer_lr", "clip_norm", "log_every", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        positive = ("iterations", "tasks_per_step", "outer_lr", "log_every", "checkpoint_every")
+        for name in (*positive, "clip_norm", "tasks_at_once", "patience"):
+            value = getattr(self, name)
+            if (name in positive and value is None) or (value is not None and not 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.outer_lr > 1e6 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"outer_lr = {self.outer_lr} or weight_decay = {self.weight_decay} is out of range")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
         if self.warmup < 0 or self.schedule not in ("cosine", "constant"):
             raise ValueError("warmup must not be negative and schedule must be 'cosine' or 'constant'")
-        if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f"optimizer must be 'adam' or 'sgd', got {self.optimizer!r}")
+        if self.optimizer not in _OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}")
+        if self.keep not in ("last", "best"):
+            raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
 
 
 @dataclass
@@ -101,30 +114,48 @@ class _Progress:
     loss_count: int = 0
     history: list[Row] = field(default_factory=list)
 
+    def rows_since_best(self) -> int:
+        """Rows of history after the one with the best validation accuracy; 0: it is the last."""
+        accuracies = [row["validation_accuracy"] for row in self.history]
+        return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
+
 
 def train(
     learner: Learner,
-    sampler: Sampler,
-    config: TrainConfig,
+    classes: Any,
+    spec: EpisodeSpec,
+    config: TrainConfig = TrainConfig(),
     *,
     folder: Path | str | None = None,
     validate: Callable[[Learner], float] | None = None,
+    transform: Callable[[Episode], Episode] | None = None,
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
+    schedule: Callable[[int], float] | None = None,
+    callbacks: Sequence[Callable[[Learner, Row], object]] = (),
+    log_with: Any = None,
     device: str | None = None,
     progress_bar: bool = True,
 ) -> list[Row]:
-    """Minimise `learner.meta_loss` over the tasks of `sampler`.
+    """Minimise `learner.meta_loss` over tasks drawn from classes.
 
-    Several processes (`accelerate launch`) split the tasks of each step among them and average their gradients.
-    With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last checkpoint
-    stood: on CPU it ends bit for bit as if it had never stopped. The learner is left in evaluation mode.
+    Several processes (`accelerate launch`, `torchrun`) split the tasks of each step among them and average their
+    gradients. With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last
+    checkpoint stood: on CPU it ends bit for bit as if it had never stopped. More iterations than at first may then be
+    asked for. The learner is left in evaluation mode.
 
     Args:
         learner: what to train, in place.
-        sampler: where the training tasks come from.
+        classes: where the training tasks are drawn from: `ClassImages`, or anything that has a `sampler(spec, seed=…)`.
+        spec: the shape of the training tasks.
         config: how long and how fast.
         folder: for `history.csv` and `checkpoint.pt`; None writes nothing.
         validate: maps the learner, in evaluation mode, to an accuracy from 0 to 1.
-        device: `"cpu"`, `"cuda"`, …; default: what accelerate finds.
+        transform: changes each batch of training tasks, to augment images for example.
+        optimizer: makes another outer optimizer of the meta-parameters than `config` names.
+        schedule: maps an iteration, from 0, to a factor of the learning rate, in place of `config.schedule`.
+        callbacks: called with the learner and each new row of history.
+        log_with: a tracker of accelerate, such as `"tensorboard"`, which writes to `folder`.
+        device: any that PyTorch knows, such as `"cpu"`, `"cuda:1"` or `"mps"`; default: what accelerate finds.
         progress_bar: whether to show one.
 
     Returns:
@@ -132,85 +163,124 @@ def train(
 
     Raises:
         TrainingDivergedError: at the first loss that is not finite.
-        KeyboardInterrupt: on Ctrl-C, after a checkpoint was written.
-        ValueError: if the device is absent, or the checkpoint in `folder` is of another learner or configuration.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
+        ValueError: if the learner learns nothing, the classes are too few, the device is absent, or the checkpoint in
+            `folder` is of another learner or configuration.
 
     Example:
-        >>> from metatutor import MAML, ConvNet, EpisodeSampler, EpisodeSpec, Strokes
+        >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes
         >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().train
-        >>> sampler = EpisodeSampler(classes, EpisodeSpec(5, 1, 1))
         >>> learner = MAML(ConvNet(5, filters=4))
-        >>> len(train(learner, sampler, TrainConfig(iterations=2), progress_bar=False))
+        >>> len(train(learner, classes, EpisodeSpec(5, 1, 1), TrainConfig(iterations=2), progress_bar=False))
         1
 
     Reference:
         Finn, Abbeel & Levine (2017), algorithm 1, line 8.
     """
-    accelerator = _accelerator(device)
+    if not learner.learns:
+        raise ValueError(f"{type(learner).__name__} learns nothing before it sees a task; evaluate it as it is")
+    keep_freed_memory_once()
+    accelerator, place = _accelerator(device, log_with, folder)
     share = _share(config.tasks_per_step, accelerator)
-    learner.to(accelerator.device)
-    descent = torch.optim.Adam if config.optimizer == "adam" else torch.optim.SGD
-    optimizer = descent(learner.parameters(), lr=config.outer_lr)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, config))
-    folder = None if folder is None else Path(folder)
-    state = _State(learner, optimizer, scheduler, sampler, config, _Progress())
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        state.load(folder / CHECKPOINT)
-    if accelerator.num_processes > 1:
-        broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
-    progress, main = state.progress, accelerator.is_main_process
-    begun = time.perf_counter() - progress.seconds
-    bar = tqdm(total=config.iterations, initial=progress.iteration, disable=not (progress_bar and main), unit="step")
-    with bar, _interrupt_flag() as interrupted:
-        while progress.iteration < config.iterations:
-            learner.train()
-            episode = sampler.sample(config.tasks_per_step).tasks(share).to(accelerator.device)
-            loss = _step(learner, episode, optimizer, scheduler, accelerator, config.clip_norm)
-            if not math.isfinite(loss):
-                raise TrainingDivergedError(_diverged(progress.iteration + 1, loss, folder))
-            progress.iteration += 1
-            progress.loss_sum += loss
-            progress.loss_count += 1
-            progress.seconds = time.perf_counter() - begun
-            bar.update()
-            done = progress.iteration == config.iterations
-            if done or progress.iteration % config.log_every == 0:
-                _log(progress, learner, episode, validate)
+    draw = classes.sampler if learner.trains_on == "episodes" else classes.mini_batches
+    sampler = draw(spec, seed=config.seed)
+    learner.to(place)
+    parameters: list[Tensor] = list(learner.meta_parameters().values())
+    descent = optimizer(parameters) if optimizer else _optimizer(parameters, config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(descent, schedule or partial(_rate, config=config))
+    state = _State(learner, descent, scheduler, sampler, config, _Progress())
+    main, folder = accelerator.is_main_process, None if folder is None else Path(folder)
+    with torch.random.fork_rng(), _stop_flag() as stop:
+        torch.manual_seed(config.seed)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            state.load(folder / CHECKPOINT)
+        if accelerator.num_processes > 1:
+            broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
+        progress = state.progress
+        begun = time.perf_counter() - progress.seconds
+        bar = tqdm(
+            total=config.iterations, initial=progress.iteration, disable=not (progress_bar and main), unit="step"
+        )
+        with bar:
+            while not state.finished():
+                learner.train()
+                episode = sampler.sample(config.tasks_per_step).tasks(share).to(place)
+                episode = transform(episode) if transform else episode
+                loss = _step(learner, episode, descent, scheduler, accelerator, config)
+                if not math.isfinite(loss):
+                    raise TrainingDivergedError(_diverged(progress.iteration + 1, loss, folder))
+                progress.iteration += 1
+                progress.loss_sum += loss
+                progress.loss_count += 1
+                bar.update()
+                if progress.iteration == config.iterations or progress.iteration % config.log_every == 0:
+                    progress.seconds = time.perf_counter() - begun
+                    _log(progress, learner, episode, validate)
+                    row = progress.history[-1]
+                    state.keep_best()
+                    _show(bar, row)
+                    accelerator.log(row, step=progress.iteration)
+                    for callback in callbacks:
+                        callback(learner, row)
                 progress.seconds = time.perf_counter() - begun
-                _show(bar, progress.history[-1])
-            stop = interrupted.is_set() and not done
-            save = done or stop or progress.iteration % config.checkpoint_every == 0
-            if folder is not None and main and save:
-                write_history(progress.history, folder / "history.csv")
-                state.save(folder / CHECKPOINT)
-            if stop:
-                where = f"; run the same command again to go on from {folder / CHECKPOINT}" if folder else ""
-                raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
+                save = state.finished() or stop.is_set() or progress.iteration % config.checkpoint_every == 0
+                if folder is not None and main and save:
+                    write_history(progress.history, folder / "history.csv")
+                    state.save(folder / CHECKPOINT)
+                if stop.is_set() and not state.finished():
+                    where = f"; run the same command again to go on from {folder / CHECKPOINT}" if folder else ""
+                    raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
+    if state.best is not None:
+        learner.load_state_dict(state.best)
+    accelerator.end_training()
     learner.eval()
     return progress.history
 
 
+def accumulate(
+    learner: Learner,
+    episode: Episode,
+    at_once: int | None = None,
+    backward: Callable[[Tensor], object] = torch.Tensor.backward,
+) -> Float[Tensor, ""]:
+    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have.
+
+    Args:
+        learner: in training mode.
+        episode: a batch of tasks.
+        at_once: tasks computed side by side; default: as the learner likes.
+        backward: what is called with the loss of each part.
+    """
+    total = torch.zeros((), device=episode.query_images.device)
+    for part in learner.chunks(episode, at_once):
+        loss = learner.meta_loss(part) * (len(part) / len(episode))
+        backward(loss)
+        total = total + loss.detach()
+    return total
+
+
 def _step(
-    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Accelerator, clip_norm: float
+    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Accelerator, config: TrainConfig
 ) -> float:
     """One step of the outer optimizer; no step if the loss is not finite."""
     optimizer.zero_grad()
     with accelerator.autocast():
-        loss = learner.meta_loss(episode)
-    accelerator.backward(loss)
+        loss = accumulate(learner, episode, config.tasks_at_once, accelerator.backward)
+    parameters = [p for p in learner.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
-        for parameter in learner.parameters():
-            if parameter.grad is not None:
-                parameter.grad = _mean(accelerator, parameter.grad)
-        for buffer in learner.buffers():
-            buffer.copy_(_mean(accelerator, buffer))
-        loss = _mean(accelerator, loss.detach())
-    norm = torch.nn.utils.clip_grad_norm_(learner.parameters(), clip_norm)
+        for parameter in parameters:
+            parameter.grad = _mean(accelerator, parameter.grad)
+        loss = _mean(accelerator, loss)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     value = loss.item() if torch.isfinite(norm) else math.nan
     if math.isfinite(value):
         optimizer.step()
         scheduler.step()
+        learner.after_step()
+        if accelerator.num_processes > 1:
+            for buffer in filter(torch.is_floating_point, learner.buffers()):
+                buffer.copy_(_mean(accelerator, buffer))
     return value
 
 
@@ -228,16 +298,20 @@ def _rate(iteration: int, config: TrainConfig) -> float:
     return warm * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    return _OPTIMIZERS[config.optimizer](parameters, lr=config.outer_lr, weight_decay=config.weight_decay)
+
+
 def _log(progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None) -> None:
-    with torch.no_grad():
-        answers = learner(episode).argmax(-1)
     classes = not episode.query_labels.is_floating_point()
+    with torch.no_grad():
+        accuracy = learner.measure(episode).float().mean().item() if classes else math.nan
     learner.eval()
     row = {
         "iteration": progress.iteration,
         "seconds": round(progress.seconds, 2),
         "meta_loss": progress.loss_sum / progress.loss_count,
-        "train_accuracy": (answers == episode.query_labels).float().mean().item() if classes else math.nan,
+        "train_accuracy": accuracy,
         "validation_accuracy": math.nan if validate is None else validate(learner),
     }
     progress.history.append(row)
@@ -273,16 +347,29 @@ class _State:
     learner: Learner
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    sampler: Sampler
+    sampler: Any
     config: TrainConfig
     progress: _Progress
+    best: dict[str, Tensor] | None = None
+
+    def finished(self) -> bool:
+        """Whether all iterations are done, or patience is at its end."""
+        patience, done = self.config.patience, self.progress.iteration
+        waited = patience is not None and self.progress.rows_since_best() >= patience
+        return done >= self.config.iterations or waited
+
+    def keep_best(self) -> None:
+        """Remember the parameters if the last row of history is the best so far."""
+        if self.config.keep == "best" and self.progress.rows_since_best() == 0:
+            self.best = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
 
     def save(self, path: Path) -> None:
         state = {
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "sampler": self.sampler.generator.get_state(),
+            "sampler": self.sampler.state_dict(),
+            "best": self.best,
             "torch": torch.get_rng_state(),
             "config": asdict(self.config),
             "progress": asdict(self.progress),
@@ -298,78 +385,70 @@ class _State:
             config = dict(state["config"])
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
-        if config != asdict(self.config):
-            changed = [k for k, v in asdict(self.config).items() if config.get(k) != v]
+        changed = [k for k, v in asdict(self.config).items() if k not in _MAY_CHANGE and config.get(k) != v]
+        if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )
         load_parameters(self.learner, state["learner"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.generator.set_state(state["sampler"])
+        self.sampler.load_state_dict(state["sampler"])
         torch.set_rng_state(state["torch"])
-        self.progress = _Progress(**state["progress"])
-
-
-def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Path | str) -> None:
-    """Put recorded parameters into a learner of the same architecture.
-
-    Raises:
-        ValueError: if a name or a shape differs; the learner is then unchanged.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    if expected != found:
-        name = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
-        raise ValueError(
-            f"{source} holds another architecture: '{name}' is {found.get(name, 'absent')} there and "
-            f"{expected.get(name, 'absent')} here; build the learner from the run's own config.json"
-        )
-    learner.load_state_dict(parameters)
+        self.progress, self.best = _Progress(**state["progress"]), state["best"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to a temporary name beside `path`, then rename: the file is there whole, or as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C sets the flag, so that the step at hand is finished; the second one interrupts at once."""
+def _stop_flag() -> Iterator[threading.Event]:
+    """The first Ctrl-C or SIGTERM sets the flag, so that the step at hand is finished; the second ends it at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def on_interrupt(*_: Any) -> None:
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(*_: Any) -> None:
         flag.set()
-        signal.signal(signal.SIGINT, before)
+        restore()
 
-    signal.signal(signal.SIGINT, on_interrupt)
+    for number in before:
+        signal.signal(number, on_signal)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
-def check_device(device: str | None) -> None:
-    """Raise a `ValueError` if the device is unknown, or a CUDA device that is not there."""
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("cuda was asked for but PyTorch finds no CUDA device; leave the device out or say cpu")
+def check_device(device: str | None) -> torch.device | None:
+    """The device of a name.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if device is None:
+        return None
+    try:
+        place = torch.device(device)
+        torch.zeros(1, device=place).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ValueError(f"there is no device {device!r} here ({reason}); leave it out, or say cpu") from None
+    return place
 
 
-def _accelerator(device: str | None) -> Accelerator:
-    check_device(device)
-    return Accelerator(cpu=device == "cpu")
+def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -> tuple[Accelerator, torch.device]:
+    """The accelerator, and where to compute."""
+    place = check_device(device)
+    many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    on_cpu = (place is not None and place.type == "cpu") or (many and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=folder)
+    if log_with is not None:
+        accelerator.init_trackers("metatutor")
+    return accelerator, place if place is not None and accelerator.num_processes == 1 else accelerator.device
 
 
 def _share(tasks_per_step: int, accelerator: Accelerator) -> slice:

@@ -7,7 +7,6 @@ Shapes and dtypes are checked at run time by jaxtyping's pytest plugin (`--jaxty
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jaxtyping
 import pytest
@@ -15,18 +14,10 @@ import torch
 from hypothesis import settings
 
 from metatutor.episodes import ClassImages, Episode
-from metatutor.optimization import Reptile
 
 torch.set_num_threads(1)  # the tensors here are too small to share; and sums come out the same on every machine
 settings.register_profile("metatutor", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("metatutor")
-
-
-class ForgetfulReptile(Reptile):
-    """Adam starts anew with every task, so that a loss and its gradient can be asked for twice."""
-
-    def learn_besides(self, known: Any) -> None:
-        pass
 
 
 @pytest.fixture

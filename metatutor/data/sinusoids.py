@@ -72,6 +72,14 @@ class SinusoidSampler:
         self.waves, self.spec = waves, spec
         self.generator = torch.Generator().manual_seed(seed)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream of tasks is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks: `images` are the `x` and `labels` the `y`, `[task, point, 1]`.
 

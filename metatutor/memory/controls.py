@@ -5,71 +5,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Embedding
-from metatutor.learner import without_method
-from metatutor.memory.base import check_memory
-from metatutor.memory.codes import LabelCode, check_label_code
+from metatutor.memory.base import check_sizes
+from metatutor.memory.codes import LabelCode
 from metatutor.memory.stream import State, StreamLearner, lstm, remember
-
-
-@dataclass(frozen=True)
-class _ControlConfig:
-    method: str = ""
-    n_way: int = 5
-    hidden_size: int = 200
-    labels: LabelCode = "one-hot"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, hidden_size=self.hidden_size)
-        check_label_code(self.labels)
-
-
-@dataclass(frozen=True)
-class PlainLSTMConfig(_ControlConfig):
-    """The arguments of `PlainLSTM`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        n_way: see `PlainLSTM`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor.backbones import Pixels
-        >>> PlainLSTMConfig(n_way=3).build(Pixels(20)).n_way
-        3
-
-    Reference:
-        Santoro et al. (2016), section 4.1.
-    """
-
-    method: Literal["plain_lstm"] = "plain_lstm"
-
-    def build(self, network: Embedding) -> PlainLSTM:
-        """The learner with these arguments."""
-        return PlainLSTM(network, **without_method(self))
 
 
 class PlainLSTM(StreamLearner):
     """The control with a short memory: an LSTM that has nothing but its own state.
 
     Args:
-        network: see `StreamLearner`.
+        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
         n_way: classes in a task.
         hidden_size: of the LSTM.
-        labels: see `StreamLearner`.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
@@ -89,17 +43,17 @@ class PlainLSTM(StreamLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
-        n_way: int = PlainLSTMConfig.n_way,
-        hidden_size: int = PlainLSTMConfig.hidden_size,
-        labels: LabelCode = PlainLSTMConfig.labels,
-        finetune_steps: int = PlainLSTMConfig.finetune_steps,
-        finetune_lr: float = PlainLSTMConfig.finetune_lr,
+        n_way: int = 5,
+        hidden_size: int = 200,
+        labels: LabelCode = "one-hot",
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
     ) -> None:
-        config = PlainLSTMConfig("plain_lstm", n_way, hidden_size, labels, finetune_steps, finetune_lr)
+        check_sizes(hidden_size=hidden_size)
         super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = config
+        self.hidden_size = hidden_size
         self.enter = nn.Linear(self.input_size, 4 * hidden_size)
         self.recur = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, self.code_size)
@@ -111,40 +65,13 @@ class PlainLSTM(StreamLearner):
 
     def start(self, n_tasks: int) -> State:
         """Zeros: output and cell."""
-        zeros = self.out.weight.new_zeros(n_tasks, self.config.hidden_size)
+        zeros = self.out.weight.new_zeros(n_tasks, self.hidden_size)
         return zeros, zeros
 
     def step(self, state: State, prepared: Float[Tensor, "task gates"]) -> tuple[State, Float[Tensor, "task code"]]:
         """One step of the LSTM."""
         h, c = lstm(prepared + self.recur(state[0]), state[1])
         return (h, c), self.out(h)
-
-
-@dataclass(frozen=True)
-class FeedForwardConfig(_ControlConfig):
-    """The arguments of `FeedForward`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        n_way: see `FeedForward`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor.backbones import Pixels
-        >>> FeedForwardConfig(n_way=3).build(Pixels(20)).n_way
-        3
-
-    Reference:
-        Santoro et al. (2016), section 4.1.
-    """
-
-    method: Literal["feed_forward"] = "feed_forward"
-
-    def build(self, network: Embedding) -> FeedForward:
-        """The learner with these arguments."""
-        return FeedForward(network, **without_method(self))
 
 
 class FeedForward(StreamLearner):
@@ -154,12 +81,12 @@ class FeedForward(StreamLearner):
     than the one just told.
 
     Args:
-        network: see `StreamLearner`.
+        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
         n_way: classes in a task.
         hidden_size: of the hidden layer.
-        labels: see `StreamLearner`.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
@@ -179,17 +106,16 @@ class FeedForward(StreamLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
-        n_way: int = FeedForwardConfig.n_way,
-        hidden_size: int = FeedForwardConfig.hidden_size,
-        labels: LabelCode = FeedForwardConfig.labels,
-        finetune_steps: int = FeedForwardConfig.finetune_steps,
-        finetune_lr: float = FeedForwardConfig.finetune_lr,
+        n_way: int = 5,
+        hidden_size: int = 200,
+        labels: LabelCode = "one-hot",
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
     ) -> None:
-        config = FeedForwardConfig("feed_forward", n_way, hidden_size, labels, finetune_steps, finetune_lr)
+        check_sizes(hidden_size=hidden_size)
         super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = config
         self.hidden = nn.Linear(self.input_size, hidden_size)
         self.out = nn.Linear(hidden_size, self.code_size)
 

@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Embedding
 from metatutor.episodes import Episode
-from metatutor.learner import without_method
-from metatutor.memory.base import check_memory
-from metatutor.memory.codes import LabelCode, check_label_code
-from metatutor.memory.stream import StreamLearner, lstm, remember, told_late
+from metatutor.memory.base import check_sizes
+from metatutor.memory.codes import LabelCode
+from metatutor.memory.stream import StreamLearner, lstm, remember, shift_labels
 
 EPSILON = 1e-8
-
-
-@dataclass(frozen=True)
-class MANNConfig:
-    """The arguments of `MANN`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        n_way: see `MANN`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor.backbones import Pixels
-        >>> MANNConfig(slots=16).build(Pixels(20)).config.slots
-        16
-
-    Reference:
-        Santoro et al. (2016).
-    """
-
-    method: Literal["mann"] = "mann"
-    n_way: int = 5
-    hidden_size: int = 200
-    slots: int = 128
-    width: int = 40
-    heads: int = 4
-    usage_decay: float = 0.99
-    sharpen: bool = True
-    labels: LabelCode = "one-hot"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("hidden_size", "slots", "width", "heads")}
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, **sizes)
-        check_label_code(self.labels)
-        if not 0 <= self.usage_decay <= 1:
-            raise ValueError(f"usage_decay must be from 0 to 1, got {self.usage_decay}")
-        if self.heads > self.slots:
-            raise ValueError(f"heads = {self.heads} exceeds slots = {self.slots}: each head needs a slot to write to")
-
-    def build(self, network: Embedding) -> MANN:
-        """The learner with these arguments."""
-        return MANN(network, **without_method(self))
 
 
 class Memory(NamedTuple):
@@ -116,9 +67,9 @@ class MANN(StreamLearner):
         heads: how many read, and write.
         usage_decay: how much of the usage remains after a step.
         sharpen: whether the controller says how sharply to read; False: as in the paper.
-        labels: see `StreamLearner`.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
@@ -137,34 +88,27 @@ class MANN(StreamLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
-        n_way: int = MANNConfig.n_way,
-        hidden_size: int = MANNConfig.hidden_size,
-        slots: int = MANNConfig.slots,
-        width: int = MANNConfig.width,
-        heads: int = MANNConfig.heads,
-        usage_decay: float = MANNConfig.usage_decay,
-        sharpen: bool = MANNConfig.sharpen,
-        labels: LabelCode = MANNConfig.labels,
-        finetune_steps: int = MANNConfig.finetune_steps,
-        finetune_lr: float = MANNConfig.finetune_lr,
+        n_way: int = 5,
+        hidden_size: int = 200,
+        slots: int = 128,
+        width: int = 40,
+        heads: int = 4,
+        usage_decay: float = 0.99,
+        sharpen: bool = True,
+        labels: LabelCode = "one-hot",
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
     ) -> None:
-        config = MANNConfig(
-            "mann",
-            n_way,
-            hidden_size,
-            slots,
-            width,
-            heads,
-            usage_decay,
-            sharpen,
-            labels,
-            finetune_steps,
-            finetune_lr,
-        )
+        check_sizes(hidden_size=hidden_size, slots=slots, width=width, heads=heads)
+        if not 0 <= usage_decay <= 1:
+            raise ValueError(f"usage_decay must be from 0 to 1, got {usage_decay}")
+        if heads > slots:
+            raise ValueError(f"heads = {heads} exceeds slots = {slots}: each head needs a slot to write to")
         super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = config
+        self.hidden_size, self.slots, self.width, self.heads = hidden_size, slots, width, heads
+        self.usage_decay, self.sharpen = usage_decay, sharpen
         self.enter = nn.Linear(self.input_size, 4 * hidden_size)
         self.recur = nn.Linear(hidden_size + heads * width, 4 * hidden_size, bias=False)
         self.control = nn.Linear(hidden_size, heads * (width + 1 + sharpen))  # keys, gates, strengths
@@ -179,20 +123,20 @@ class MANN(StreamLearner):
 
     def start(self, n_tasks: int) -> Memory:
         """An empty memory, nothing used; each head looks at a slot of its own."""
-        config, new = self.config, self.out.weight.new_zeros
-        h, matrix = new(n_tasks, config.hidden_size), new(n_tasks, config.slots, config.width)
-        looks_at = torch.eye(config.heads, config.slots, dtype=h.dtype, device=h.device).expand(n_tasks, -1, -1)
-        read = new(n_tasks, config.heads, config.width)
-        return Memory(h, h, matrix, new(n_tasks, config.slots), looks_at, new(n_tasks, *looks_at.shape[1:]), read)
+        new = self.out.weight.new_zeros
+        h, matrix = new(n_tasks, self.hidden_size), new(n_tasks, self.slots, self.width)
+        looks_at = torch.eye(self.heads, self.slots, dtype=h.dtype, device=h.device).expand(n_tasks, -1, -1)
+        read = new(n_tasks, self.heads, self.width)
+        return Memory(h, h, matrix, new(n_tasks, self.slots), looks_at, new(n_tasks, *looks_at.shape[1:]), read)
 
     def step(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, state: Memory | tuple[Tensor, ...], prepared: Float[Tensor, "task gates"]
     ) -> tuple[Memory, Float[Tensor, "task code"]]:
         """One image: the controller, then read, then write."""
-        before, heads, width = Memory(*state), self.config.heads, self.config.width
+        before, heads, width = Memory(*state), self.heads, self.width
         recurrent = self.recur(torch.cat([before.h, before.read.flatten(1)], dim=1))
         h, cell = lstm(prepared + recurrent, before.cell)
-        keys, gates, *strengths = self.control(h).split([heads * width, heads, *[heads] * self.config.sharpen], dim=1)
+        keys, gates, *strengths = self.control(h).split([heads * width, heads, *[heads] * self.sharpen], dim=1)
         keys = keys.tanh().unflatten(1, (heads, width))
         similarity = cosine(keys, before.matrix)
         if strengths:
@@ -202,14 +146,14 @@ class MANN(StreamLearner):
         unused = least_used(before.usage, heads)
         write_weights = torch.lerp(unused, before.read_weights, gates.sigmoid()[..., None])
         matrix = write(before.matrix, unused, write_weights, keys)
-        usage = self.config.usage_decay * before.usage + (read_weights + write_weights).sum(1)
+        usage = self.usage_decay * before.usage + (read_weights + write_weights).sum(1)
         answer = self.out(torch.cat([h, read.flatten(1)], dim=1))
         return Memory(h, cell, matrix, usage, read_weights, write_weights, read), answer
 
     @torch.no_grad()
     def trace(self, episode: Episode) -> list[Memory]:
         """The memory after every image of the support set as a stream, to be looked at."""
-        told = told_late(self.codes(episode).of(episode.support_labels))
+        told = shift_labels(self.codes(episode).of(episode.support_labels))
         state, states = self.start(len(episode)), []
         for prepared in self.prepare(torch.cat([self.embed_stream(episode.support_images), told], dim=-1)).unbind(1):
             state, _ = self.step(state, prepared)

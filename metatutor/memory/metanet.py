@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,47 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from metatutor.backbones import Embedding
+from metatutor.embedding import Logits
 from metatutor.episodes import Episode
-from metatutor.learner import Parameters, preprocess, without_method
-from metatutor.memory.base import Logits, MemoryLearner, check_memory, check_sizes
-
-
-@dataclass(frozen=True)
-class MetaNetConfig:
-    """The arguments of `MetaNet`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        n_way: see `MetaNet`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> MetaNetConfig(hidden_size=16).build(ConvNet(filters=8)).config.hidden_size
-        16
-
-    Reference:
-        Munkhdalai & Yu (2017).
-    """
-
-    method: Literal["metanet"] = "metanet"
-    n_way: int = 5
-    hidden_size: int = 64
-    generator_size: int = 20
-    n_gradients: int = 5
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("hidden_size", "generator_size", "n_gradients")}
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, **sizes)
-
-    def build(self, network: Embedding) -> MetaNet:
-        """The learner with these arguments."""
-        return MetaNet(network, **without_method(self))
+from metatutor.functional import Parameters, preprocess
+from metatutor.memory.base import MemoryLearner, check_sizes
 
 
 class FastMemory(NamedTuple):
@@ -102,8 +64,8 @@ class MetaNet(MemoryLearner):
         hidden_size: of `b` and of `u`, whose outputs are the keys.
         generator_size: hidden units of the two networks that make fast weights.
         n_gradients: support images whose gradients make `u`'s fast weights: the first ones.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways.
@@ -120,20 +82,20 @@ class MetaNet(MemoryLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
-        n_way: int = MetaNetConfig.n_way,
-        hidden_size: int = MetaNetConfig.hidden_size,
-        generator_size: int = MetaNetConfig.generator_size,
-        n_gradients: int = MetaNetConfig.n_gradients,
-        finetune_steps: int = MetaNetConfig.finetune_steps,
-        finetune_lr: float = MetaNetConfig.finetune_lr,
+        n_way: int = 5,
+        hidden_size: int = 64,
+        generator_size: int = 20,
+        n_gradients: int = 5,
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
     ) -> None:
-        config = MetaNetConfig("metanet", n_way, hidden_size, generator_size, n_gradients, finetune_steps, finetune_lr)
+        check_sizes(hidden_size=hidden_size, generator_size=generator_size, n_gradients=n_gradients)
         super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = config
-        self.base = TwoLayers(network.embedding_size, hidden_size, n_way)
-        self.key = TwoLayers(network.embedding_size, hidden_size, n_way)
+        self.n_gradients = n_gradients
+        self.base = TwoLayers(self.embedding_size, hidden_size, n_way)
+        self.key = TwoLayers(self.embedding_size, hidden_size, n_way)
         self.make_base = nn.Sequential(
             nn.Linear(2, generator_size),
             nn.ReLU(),
@@ -161,7 +123,7 @@ class MetaNet(MemoryLearner):
     def remember(self, support: Float[Tensor, "task support embedding"], episode: Episode) -> FastMemory:
         """Fast weights of every support image, and its key (steps 1 and 2)."""
         labels = episode.support_labels
-        of_key = self.gradients(self.key, support[:, : self.config.n_gradients], labels[:, : self.config.n_gradients])
+        of_key = self.gradients(self.key, support[:, : self.n_gradients], labels[:, : self.n_gradients])
         key_fast = {name: self.key_weights(g) for name, g in of_key.items() if name == "first"}
         fast = {name: self.base_weights(g) for name, g in self.gradients(self.base, support, labels).items()}
         keys = vmap(self.key.hidden)(support, key_fast["first"])

@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, log2
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Embedding
+from metatutor.embedding import Logits
 from metatutor.episodes import Episode
-from metatutor.learner import without_method
-from metatutor.memory.base import Logits, MemoryLearner, check_memory
+from metatutor.memory.base import MemoryLearner, check_sizes
 
 Sequence = Float[Tensor, "task place channel"]
 Longer = Float[Tensor, "task place longer"]  # items with what a block has appended to them
-
-
-@dataclass(frozen=True)
-class SNAILConfig:
-    """The arguments of `SNAIL`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        n_way: see `SNAIL`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> SNAILConfig(max_shot=5).build(ConvNet(filters=8)).config.max_shot
-        5
-
-    Reference:
-        Mishra et al. (2018).
-    """
-
-    method: Literal["snail"] = "snail"
-    n_way: int = 5
-    max_shot: int = 1
-    embedding: int = 64
-    filters: int = 32
-    attention: tuple[int, ...] = (32, 64, 64)
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("max_shot", "embedding", "filters")}
-        sizes |= {f"attention[{i}]": size for i, size in enumerate(self.attention)}
-        check_memory(self.n_way, self.finetune_steps, self.finetune_lr, **sizes)
-        if not self.attention:
-            raise ValueError("attention must name the size of at least one block")
-
-    def build(self, network: Embedding) -> SNAIL:
-        """The learner with these arguments."""
-        return SNAIL(network, **without_method(self))
 
 
 class SNAIL(MemoryLearner):
@@ -80,8 +36,8 @@ class SNAIL(MemoryLearner):
         embedding: numbers that are left of an embedding.
         filters: of every convolution: 128 in the paper.
         attention: numbers in the keys and values of each attention block: (32, 128, 256) in the paper.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways.
@@ -98,20 +54,22 @@ class SNAIL(MemoryLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
-        n_way: int = SNAILConfig.n_way,
-        max_shot: int = SNAILConfig.max_shot,
-        embedding: int = SNAILConfig.embedding,
-        filters: int = SNAILConfig.filters,
-        attention: tuple[int, ...] = SNAILConfig.attention,
-        finetune_steps: int = SNAILConfig.finetune_steps,
-        finetune_lr: float = SNAILConfig.finetune_lr,
+        n_way: int = 5,
+        max_shot: int = 1,
+        embedding: int = 64,
+        filters: int = 32,
+        attention: tuple[int, ...] = (32, 64, 64),
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
     ) -> None:
-        config = SNAILConfig("snail", n_way, max_shot, embedding, filters, attention, finetune_steps, finetune_lr)
+        check_sizes(max_shot=max_shot, embedding=embedding, filters=filters)
+        check_sizes(**{f"attention[{i}]": size for i, size in enumerate(attention)})
+        if not attention:
+            raise ValueError("attention must name the size of at least one block")
         super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = config
-        self.reduce = nn.Linear(network.embedding_size, embedding)
+        self.reduce = nn.Linear(self.embedding_size, embedding)
         channels, length = embedding + n_way, n_way * max_shot + 1
         blocks: list[Attention | TemporalConvolutions] = []
         for size in attention:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from metatutor.backbones import Embedding
+from metatutor.embedding import Logits
 from metatutor.episodes import Episode
-from metatutor.learner import each_task
-from metatutor.memory.base import Logits, MemoryLearner
-from metatutor.memory.codes import N_LETTERS, Codes, LabelCode, strings
+from metatutor.memory.base import MemoryLearner
+from metatutor.memory.codes import N_LETTERS, Codes, LabelCode, check_label_code, strings
 
 State = tuple[Tensor, ...]  # every tensor begins with the task axis
 
@@ -31,8 +30,8 @@ class StreamLearner(MemoryLearner):
         n_way: classes in a task.
         labels: how a label is written: `"one-hot"`, or `"letters"`, a random string of five letters out of five for
             each class of each task, which takes any number of classes.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Raises:
         ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
@@ -52,7 +51,7 @@ class StreamLearner(MemoryLearner):
 
     def __init__(
         self,
-        network: Embedding,
+        network: nn.Module,
         *,
         n_way: int = 5,
         labels: LabelCode = "one-hot",
@@ -60,14 +59,17 @@ class StreamLearner(MemoryLearner):
         finetune_lr: float = 0.01,
     ) -> None:
         super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        if network.normalization not in ("group", "none"):
+        check_label_code(labels)
+        if self.network.normalization not in ("group", "none"):
             raise ValueError(
-                f"a stream is answered image by image, but with normalization = {network.normalization!r} a later "
+                f"a stream is answered image by image, but with normalization = {self.network.normalization!r} a later "
                 "image changes earlier answers; build the network with normalization='group', or take Pixels"
             )
         self.labels: LabelCode = labels
         self.code_size = n_way if labels == "one-hot" else N_LETTERS * N_LETTERS
-        self.input_size = network.embedding_size + self.code_size
+        self.input_size = self.embedding_size + self.code_size
+
+    reads_streams = True
 
     @abstractmethod
     def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time prepared"]:
@@ -115,16 +117,25 @@ class StreamLearner(MemoryLearner):
         _, answers = self.read(self.embed_stream(episode.support_images), codes.of(episode.support_labels))
         return codes.named(answers)
 
+    def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
+        """Each task's accuracy; of streams that on the first, second, … image of its classes, `[task, instance]`."""
+        if not stream:
+            return super().measure(episode)
+        correct = self.stream_answers(episode) == episode.support_labels  # [task, time]
+        k_shot = episode.support_labels.shape[1] // episode.n_way
+        which = F.one_hot(instances(episode.support_labels, episode.n_way), k_shot)  # [task, time, instance]
+        return (correct[..., None] * which).cpu().double().sum(1) / episode.n_way
+
     def embed_stream(self, images: Tensor) -> Float[Tensor, "task time embedding"]:
         """Embeddings of a stream's images."""
-        return each_task(self.network.embed, images)
+        return self.of_tasks(self.network.embed, images)
 
     def read(
         self, embeddings: Float[Tensor, "task time embedding"], codes: Float[Tensor, "task time code"]
     ) -> tuple[State, Float[Tensor, "task time code"]]:
         """The state that a stream leaves, and the answers on the way."""
         state, answers = self.start(len(embeddings)), []
-        for prepared in self.prepare(torch.cat([embeddings, told_late(codes)], dim=-1)).unbind(1):
+        for prepared in self.prepare(torch.cat([embeddings, shift_labels(codes)], dim=-1)).unbind(1):
             state, answer = self.step(state, prepared)
             answers.append(answer)
         return state, torch.stack(answers, dim=1)
@@ -146,20 +157,35 @@ class StreamLearner(MemoryLearner):
         return next(self.parameters()).dtype
 
 
-def told_late(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
+def shift_labels(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
     """What is told at every step of a stream: the label of the image before; nothing at the first.
 
     Args:
         codes: of the label of every image.
 
     Example:
-        >>> told_late(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
+        >>> shift_labels(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
         [[[0.0, 0.0], [1.0, 0.0]]]
 
     Reference:
         Santoro et al. (2016), section 2.2.
     """
     return F.pad(codes, (0, 0, 1, 0))[:, :-1]
+
+
+def instances(labels: Int[Tensor, "task time"], n_way: int) -> Int[Tensor, "task time"]:
+    """How many images of the same class came before each image of a stream.
+
+    Args:
+        labels: of the stream.
+        n_way: classes in a task.
+
+    Example:
+        >>> instances(torch.tensor([[1, 0, 1, 1, 0]]), n_way=2).tolist()
+        [[0, 0, 1, 2, 1]]
+    """
+    members = F.one_hot(labels, n_way)
+    return (members.cumsum(1) * members).sum(-1) - 1
 
 
 def lstm(

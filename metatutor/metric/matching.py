@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import embedding_size
+from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
-from metatutor.learner import check_finetuning
-from metatutor.metric.base import Logits, MetricLearner, SupportLabels, of_other_classes
+from metatutor.learner import Loss
+from metatutor.metric.base import SupportLabels, of_other_classes
 
 
-@dataclass(frozen=True)
-class MatchingConfig:
-    """The arguments of `Matching`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        full_context: see `Matching`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> MatchingConfig(full_context=True).build(ConvNet(filters=8)).config.reading_steps
-        5
-
-    Reference:
-        Vinyals et al. (2016).
-    """
-
-    method: Literal["matching"] = "matching"
-    scale: float = 1.0
-    full_context: bool = False
-    reading_steps: int = 5
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive, got {self.scale}")
-        if self.reading_steps < 1:
-            raise ValueError(f"reading_steps must be positive, got {self.reading_steps}")
-        check_finetuning(self.finetune_steps, self.finetune_lr)
-
-    def build(self, network: ConvNet) -> Matching:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return Matching(network, **arguments)
-
-
-class Matching(MetricLearner):
+class Matching(EmbeddingLearner):
     """Answers with the labels of the support images, weighted by attention.
 
     `P(c | query) = sum of a(query, x) over the support images x of class c`, where the attention
@@ -66,18 +25,16 @@ class Matching(MetricLearner):
     with the query in mind.
 
     Args:
-        network: the embedding; a last layer, if it has one, is not used.
+        network: the embedding (see `EmbeddingLearner`).
         scale: of the cosines. The paper has 1, which leaves even a perfect match unsure of itself.
         full_context: whether to use full-context embeddings.
         reading_steps: of the LSTM that embeds a query with full context.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
-
-    Raises:
-        ValueError: if an argument is out of range.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
+        loss: of logits and labels; default: cross-entropy.
 
     Example:
-        >>> from metatutor import Episode
+        >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> learner = Matching(ConvNet(filters=8), full_context=True)
         >>> learner(Episode(images, labels, images, labels, n_way=5)).exp().sum(-1).allclose(torch.ones(2, 5))
@@ -89,26 +46,30 @@ class Matching(MetricLearner):
 
     def __init__(
         self,
-        network: ConvNet,
+        network: nn.Module,
         *,
-        scale: float = MatchingConfig.scale,
-        full_context: bool = MatchingConfig.full_context,
-        reading_steps: int = MatchingConfig.reading_steps,
-        finetune_steps: int = MatchingConfig.finetune_steps,
-        finetune_lr: float = MatchingConfig.finetune_lr,
+        scale: float = 1.0,
+        full_context: bool = False,
+        reading_steps: int = 5,
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = MatchingConfig("matching", scale, full_context, reading_steps, finetune_steps, finetune_lr)
-        size = network.embedding_size
-        self.context = FullContext(size, reading_steps) if full_context else None
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        if reading_steps < 1:
+            raise ValueError(f"reading_steps must be positive, got {reading_steps}")
+        self.scale = scale
+        self.context = FullContext(embedding_size(self.network, "Matching"), reading_steps) if full_context else None
 
-    def compare(self, episode: Episode) -> Logits:
+    def answer(self, episode: Episode) -> Logits:
         """The logarithm of each class's share of the attention."""
         support, query = self.embed(episode)
         if self.context is not None:
             support, query = self.context(support, query)
         cosines = F.normalize(query, dim=-1) @ F.normalize(support, dim=-1).mT
-        return attend(self.config.scale * cosines, episode.support_labels, episode.n_way)
+        return attend(self.scale * cosines, episode.support_labels, episode.n_way)
 
 
 class FullContext(nn.Module):

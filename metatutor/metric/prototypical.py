@@ -2,57 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet
+from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
-from metatutor.learner import check_finetuning
-from metatutor.metric.base import Logits, MetricLearner, class_means
+from metatutor.functional import class_means
+from metatutor.learner import Loss
 
 Distance = Literal["squared", "euclidean", "cosine"]
 
 
-@dataclass(frozen=True)
-class PrototypicalConfig:
-    """The arguments of `Prototypical`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        distance: see `Prototypical`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> PrototypicalConfig().build(ConvNet(filters=8)).config.distance
-        'squared'
-
-    Reference:
-        Snell, Swersky & Zemel (2017).
-    """
-
-    method: Literal["prototypical"] = "prototypical"
-    distance: Distance = "squared"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.distance not in ("squared", "euclidean", "cosine"):
-            raise ValueError(f"distance must be 'squared', 'euclidean' or 'cosine', got {self.distance!r}")
-        check_finetuning(self.finetune_steps, self.finetune_lr)
-
-    def build(self, network: ConvNet) -> Prototypical:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return Prototypical(network, **arguments)
-
-
-class Prototypical(MetricLearner):
+class Prototypical(EmbeddingLearner):
     """Answers with the class whose prototype, the mean of its support embeddings, is nearest.
 
     `prototype[c] = mean of f(x) over the support images x of class c`, `logits[c] = -|f(query) - prototype[c]|²`.
@@ -62,17 +26,15 @@ class Prototypical(MetricLearner):
     `"cosine"` compares directions; both are here to show the difference.
 
     Args:
-        network: the embedding `f`; a last layer, if it has one, is not used.
+        network: the embedding `f` (see `EmbeddingLearner`).
         distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
-
-    Raises:
-        ValueError: if an argument is out of range.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
+        loss: of logits and labels; default: cross-entropy.
 
     Example:
         >>> import torch
-        >>> from metatutor import Episode
+        >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> Prototypical(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
@@ -83,20 +45,23 @@ class Prototypical(MetricLearner):
 
     def __init__(
         self,
-        network: ConvNet,
+        network: nn.Module,
         *,
-        distance: Distance = PrototypicalConfig.distance,
-        finetune_steps: int = PrototypicalConfig.finetune_steps,
-        finetune_lr: float = PrototypicalConfig.finetune_lr,
+        distance: Distance = "squared",
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = PrototypicalConfig("prototypical", distance, finetune_steps, finetune_lr)
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
+        if distance not in get_args(Distance):
+            raise ValueError(f"distance must be 'squared', 'euclidean' or 'cosine', got {distance!r}")
+        self.distance: Distance = distance
 
-    def compare(self, episode: Episode) -> Logits:
+    def answer(self, episode: Episode) -> Logits:
         """Minus the distance of each query image to each prototype."""
         support, query = self.embed(episode)
         prototypes = class_means(support, episode.support_labels, episode.n_way)
-        return similarity(query, prototypes, self.config.distance)
+        return similarity(query, prototypes, self.distance)
 
 
 def similarity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,54 +9,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvBlock, ConvNet
+from metatutor.backbones import NORMALIZATIONS, ConvBlock, Embedding
+from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
-from metatutor.learner import check_finetuning, each_task
-from metatutor.metric.base import Logits, MetricLearner
+from metatutor.learner import Loss
 
 
-@dataclass(frozen=True)
-class RelationConfig:
-    """The arguments of `Relation`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        hidden: see `Relation`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> RelationConfig().build(ConvNet(filters=8, n_halving=2)).config.hidden
-        8
-
-    Reference:
-        Sung et al. (2018).
-    """
-
-    method: Literal["relation"] = "relation"
-    hidden: int = 8
-    loss: Literal["mse", "cross-entropy"] = "mse"
-    over_shots: Literal["mean", "sum"] = "mean"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.hidden < 1:
-            raise ValueError(f"hidden must be positive, got {self.hidden}")
-        if self.loss not in ("mse", "cross-entropy"):
-            raise ValueError(f"loss must be 'mse' or 'cross-entropy', got {self.loss!r}")
-        if self.over_shots not in ("mean", "sum"):
-            raise ValueError(f"over_shots must be 'mean' or 'sum', got {self.over_shots!r}")
-        check_finetuning(self.finetune_steps, self.finetune_lr)
-
-    def build(self, network: ConvNet) -> Relation:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return Relation(network, **arguments)
-
-
-class Relation(MetricLearner):
+class Relation(EmbeddingLearner):
     """Answers with the class to which a learnt comparison finds the query most related.
 
     `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter
@@ -67,19 +25,21 @@ class Relation(MetricLearner):
 
     Args:
         network: whose feature maps `f` are compared; they must be 4×4 pixels or larger, such as the 7×7 of
-            `ConvNet(..., pooling="max", n_halving=2)`.
+            `ConvNet(..., pooling="max", n_halving=2)`, or of a layer of any network that `backbone(..., features=)`
+            names.
         hidden: width of the last hidden layer of `r`.
-        loss: `"mse"` as in the paper, or `"cross-entropy"` over the classes.
+        objective: `"mse"` as in the paper, or `"cross-entropy"` over the classes, which is `loss` if that is given.
         over_shots: `"mean"`, with which the number of shots may change after training, or `"sum"` as in the paper, with
             which it may not: five shots then make feature maps five times as large as one. With one shot they agree.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
+        loss: of logits and labels, in place of `objective`.
 
     Raises:
-        ValueError: if an argument is out of range, or the feature maps are too small.
+        ValueError: if the feature maps are too small, or not known.
 
     Example:
-        >>> from metatutor import Episode
+        >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> learner = Relation(ConvNet(filters=8, pooling="max", n_halving=2))
         >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
@@ -91,27 +51,30 @@ class Relation(MetricLearner):
 
     def __init__(
         self,
-        network: ConvNet,
+        network: nn.Module,
         *,
-        hidden: int = RelationConfig.hidden,
-        loss: Literal["mse", "cross-entropy"] = RelationConfig.loss,
-        over_shots: Literal["mean", "sum"] = RelationConfig.over_shots,
-        finetune_steps: int = RelationConfig.finetune_steps,
-        finetune_lr: float = RelationConfig.finetune_lr,
+        hidden: int = 8,
+        objective: Literal["mse", "cross-entropy"] = "mse",
+        over_shots: Literal["mean", "sum"] = "mean",
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = RelationConfig("relation", hidden, loss, over_shots, finetune_steps, finetune_lr)
-        filters, size, _ = network.feature_shape
-        if size < 4:
-            raise ValueError(
-                f"feature maps of {size}×{size} pixels leave nothing to compare; give the network n_halving=2"
-            )
-        policy = network.normalization
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
+        if hidden < 1:
+            raise ValueError(f"hidden must be positive, got {hidden}")
+        if objective not in ("mse", "cross-entropy"):
+            raise ValueError(f"objective must be 'mse' or 'cross-entropy', got {objective!r}")
+        if over_shots not in ("mean", "sum"):
+            raise ValueError(f"over_shots must be 'mean' or 'sum', got {over_shots!r}")
+        self.by_squares, self.over_shots = objective == "mse" and loss is None, over_shots
+        filters, size = _feature_size(self.network)
+        policy = next((p for p in NORMALIZATIONS if p == self.network.normalization), "group")
         self.first, self.second = (ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
         self.hidden = nn.Linear(filters * (size // 4) ** 2, hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def compare(self, episode: Episode) -> Logits:
+    def answer(self, episode: Episode) -> Logits:
         """The logit of "the same" for every query image and class."""
         n_way = episode.n_way
 
@@ -124,9 +87,9 @@ class Relation(MetricLearner):
             return self.relate(maps[n_support:], classes)
 
         members = F.one_hot(episode.support_labels, n_way).to(episode.support_images.dtype)  # [task, support, way]
-        if self.config.over_shots == "mean":
+        if self.over_shots == "mean":
             members = members / members.sum(1, keepdim=True)
-        return each_task(of_task, episode.support_images, members, episode.query_images)
+        return self.of_tasks(of_task, episode.support_images, members, episode.query_images)
 
     def relate(
         self, images: Float[Tensor, "n filter h w"], classes: Float[Tensor, "way filter h w"], n_support: int = 0
@@ -138,8 +101,24 @@ class Relation(MetricLearner):
         return self.score(F.relu(self.hidden(pairs.flatten(1)))).view(n, n_way)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean squared error of the scores, or the cross-entropy of the classes."""
-        if self.config.loss == "cross-entropy":
+        """The mean squared error of the scores, or the loss of the classes."""
+        if not self.by_squares:
             return super().meta_loss(episode)
-        logits = self.compare(episode)
+        logits = self.answer(episode)
         return F.mse_loss(logits.sigmoid(), F.one_hot(episode.query_labels, episode.n_way).to(logits.dtype))
+
+
+def _feature_size(network: Embedding) -> tuple[int, int]:
+    """Channels, and height and width in pixels, of the feature maps."""
+    if network.feature_shape is None:
+        raise ValueError(
+            "Relation compares feature maps; say which layer's: backbone(network, features=its name, "
+            "image_shape=(channels, height, width))"
+        )
+    filters, height, width = network.feature_shape
+    if height != width or height < 4:
+        raise ValueError(
+            f"feature maps of {height}×{width} pixels leave nothing to compare; they must be square, 4×4 or larger: "
+            "give a ConvNet n_halving=2, or name an earlier layer"
+        )
+    return filters, height

@@ -2,52 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import ConvNet
+from metatutor.backbones import embedding_size
+from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
-from metatutor.learner import check_finetuning
-from metatutor.metric.base import Logits, MetricLearner, of_other_classes
+from metatutor.metric.base import of_other_classes
 
 
-@dataclass(frozen=True)
-class SiameseConfig:
-    """The arguments of `Siamese`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        finetune_steps: see `Siamese`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> SiameseConfig().build(ConvNet(filters=8)).config.method
-        'siamese'
-
-    Reference:
-        Koch, Zemel & Salakhutdinov (2015).
-    """
-
-    method: Literal["siamese"] = "siamese"
-    finetune_steps: int = 0
-    finetune_lr: float = 0.01
-
-    def __post_init__(self) -> None:
-        check_finetuning(self.finetune_steps, self.finetune_lr)
-
-    def build(self, network: ConvNet) -> Siamese:
-        """The learner with these arguments."""
-        return Siamese(network, finetune_steps=self.finetune_steps, finetune_lr=self.finetune_lr)
-
-
-class Siamese(MetricLearner):
+class Siamese(EmbeddingLearner):
     """Learns whether two images show the same class, and answers with the class of the best match.
 
     `P(same | x, y) = sigmoid(sum over j of weight[j] |f(x)[j] - f(y)[j]| + bias)`. Training sees pairs, not classes:
@@ -58,15 +24,12 @@ class Siamese(MetricLearner):
     unequal; a task has `n_way - 1` unequal pairs for each equal one. Both were measured to be better.
 
     Args:
-        network: the embedding `f`; a last layer, if it has one, is not used.
-        finetune_steps: see `EmbeddingLearner`.
-        finetune_lr: see `EmbeddingLearner`.
-
-    Raises:
-        ValueError: if an argument is out of range.
+        network: the embedding `f` (see `EmbeddingLearner`).
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
 
     Example:
-        >>> from metatutor import Episode
+        >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> Siamese(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
@@ -75,24 +38,18 @@ class Siamese(MetricLearner):
         Koch, Zemel & Salakhutdinov (2015), section 3.1 and 3.2; one-shot matching: section 4.3.
     """
 
-    def __init__(
-        self,
-        network: ConvNet,
-        *,
-        finetune_steps: int = SiameseConfig.finetune_steps,
-        finetune_lr: float = SiameseConfig.finetune_lr,
-    ) -> None:
+    def __init__(self, network: nn.Module, *, finetune_steps: int = 0, finetune_lr: float = 0.01) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        self.config = SiameseConfig("siamese", finetune_steps, finetune_lr)
-        self.same = nn.Linear(network.embedding_size, 1)
-        nn.init.constant_(self.same.weight, -(network.embedding_size**-0.5))  # it begins as a distance: less same
+        size = embedding_size(self.network, "Siamese")
+        self.same = nn.Linear(size, 1)
+        nn.init.constant_(self.same.weight, -(size**-0.5))  # it begins as a distance: less same
 
     def pair_logits(self, episode: Episode) -> Float[Tensor, "task query support"]:
         """The logit of "the same" for every query image with every support image."""
         support, query = self.embed(episode)
         return self.same((query[:, :, None] - support[:, None]).abs()).squeeze(-1)
 
-    def compare(self, episode: Episode) -> Logits:
+    def answer(self, episode: Episode) -> Logits:
         """Each class's best match."""
         pairs, others = self.pair_logits(episode), of_other_classes(episode.support_labels, episode.n_way)
         return pairs[:, :, None].masked_fill(others, -torch.inf).amax(-1)

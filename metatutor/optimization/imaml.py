@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
-from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.learner import Loss, Parameters
-from metatutor.optimization.base import (
-    AdaptingLearner,
+from metatutor.functional import (
+    Parameters,
     Vectors,
-    as_parameters,
-    as_vectors,
-    check_inner_loop,
+    flatten_tasks,
+    gradients_of,
     leaves,
+    unflatten_tasks,
+    with_gradient,
 )
-
-
-@dataclass(frozen=True)
-class ImplicitMAMLConfig:
-    """The arguments of `ImplicitMAML`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        inner_lr: see `ImplicitMAML`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> ImplicitMAMLConfig(proximity=1.0).build(ConvNet(n_outputs=5, filters=8)).config.proximity
-        1.0
-
-    Reference:
-        Rajeswaran, Finn, Kakade & Levine (2019).
-    """
-
-    method: Literal["imaml"] = "imaml"
-    inner_lr: float = 0.1
-    inner_steps: int = 16
-    test_inner_steps: int | None = None
-    proximity: float = 2.0
-    cg_steps: int = 5
-    cg_damping: float = 0.0
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
-        if not self.proximity > 0:
-            raise ValueError(f"proximity must be positive, got {self.proximity}")
-        if self.cg_steps < 0:
-            raise ValueError(f"cg_steps must not be negative, got {self.cg_steps}")
-        if not self.cg_damping >= 0:
-            raise ValueError(f"cg_damping must not be negative, got {self.cg_damping}")
-
-    def build(self, network: Network) -> ImplicitMAML:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return ImplicitMAML(network, **arguments)
+from metatutor.learner import Loss
+from metatutor.optimization.base import AdaptingLearner, check_rate
 
 
 class ImplicitMAML(AdaptingLearner):
@@ -90,10 +46,10 @@ class ImplicitMAML(AdaptingLearner):
         cg_damping: added to `proximity` in the linear system only. The further adaptation is from rest, the less the
             formula is true; the more damping, the less of it is taken, down to first order. In the authors' code it
             amounts to `proximity + 20`.
-        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
-            memory, not of the result.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
+            same.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+        inner_loss: what the inner loop descends, if that is another.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
@@ -110,39 +66,42 @@ class ImplicitMAML(AdaptingLearner):
         (1952).
     """
 
-    own_gradient = True
-
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         *,
-        inner_lr: float = ImplicitMAMLConfig.inner_lr,
-        inner_steps: int = ImplicitMAMLConfig.inner_steps,
-        test_inner_steps: int | None = ImplicitMAMLConfig.test_inner_steps,
-        proximity: float = ImplicitMAMLConfig.proximity,
-        cg_steps: int = ImplicitMAMLConfig.cg_steps,
-        cg_damping: float = ImplicitMAMLConfig.cg_damping,
-        compile: bool = ImplicitMAMLConfig.compile,
-        tasks_per_chunk: int | None = None,
+        inner_lr: float = 0.1,
+        inner_steps: int = 16,
+        test_inner_steps: int | None = None,
+        proximity: float = 2.0,
+        cg_steps: int = 5,
+        cg_damping: float = 0.0,
+        fixed_head: bool = False,
         loss: Loss | None = None,
+        inner_loss: Loss | None = None,
     ) -> None:
-        self.config = ImplicitMAMLConfig(
-            "imaml", inner_lr, inner_steps, test_inner_steps, proximity, cg_steps, cg_damping, compile
-        )
+        check_rate(inner_lr)
+        if not proximity > 0:
+            raise ValueError(f"proximity must be positive, got {proximity}")
+        if cg_steps < 0:
+            raise ValueError(f"cg_steps must not be negative, got {cg_steps}")
+        if not cg_damping >= 0:
+            raise ValueError(f"cg_damping must not be negative, got {cg_damping}")
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
-            compile=compile,
-            tasks_per_chunk=tasks_per_chunk,
+            fixed_head=fixed_head,
             loss=loss,
+            inner_loss=inner_loss,
         )
+        self.inner_lr, self.proximity, self.cg_steps, self.cg_damping = inner_lr, proximity, cg_steps, cg_damping
 
-    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+    def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step down the support loss and back towards the initial parameters, by the tasks that it leads down."""
-        initial, rates = memory or (parameters, episode.support_images.new_full((len(episode),), self.config.inner_lr))
+        initial, rates = state or (parameters, episode.support_images.new_full((len(episode),), self.inner_lr))
         losses, gradients = self.support_gradients(parameters, episode)
-        pulls = {n: gradients[n] + self.config.proximity * (p - initial[n]) for n, p in parameters.items()}
+        pulls = {n: gradients[n] + self.proximity * (p - initial[n]) for n, p in parameters.items()}
         tried = {n: p - like(rates, p) * pulls[n] for n, p in parameters.items()}
         before = losses + self.stretch(parameters, initial)
         rounding = 100 * torch.finfo(before.dtype).eps * before.abs()
@@ -152,23 +111,24 @@ class ImplicitMAML(AdaptingLearner):
 
     def stretch(self, parameters: Parameters, initial: Parameters) -> Float[Tensor, " task"]:
         """What the spring between the initial and the given parameters adds to each task's inner problem."""
-        moved = as_vectors(p - initial[n] for n, p in parameters.items())
-        return self.config.proximity / 2 * moved.pow(2).sum(1)
+        moved = flatten_tasks(p - initial[n] for n, p in parameters.items())
+        return self.proximity / 2 * moved.pow(2).sum(1)
 
-    def meta_gradient(
-        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
-    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
-        """The mean query loss of one chunk and its implicit gradient in each parameter."""
+    def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean query loss, with its implicit gradient in the initial parameters."""
+        outside = torch.is_grad_enabled()
         with torch.no_grad():
             adapted = leaves(self.adapt(episode))
         with torch.enable_grad():
             loss = self.query_loss(episode, adapted)
-            of_query = torch.autograd.grad(loss, list(adapted.values()))
+            if not outside:
+                return loss.detach()
+            of_query = gradients_of(loss, list(adapted.values()))
             _, of_support = self.support_gradients(adapted, episode, create_graph=True)
 
         def product(vectors: Vectors) -> Vectors:
             """`(I + H / (proximity + damping))` times a vector, for each task."""
-            pieces = list(as_parameters(vectors, adapted).values())
+            pieces = list(unflatten_tasks(vectors, adapted).values())
             hessian = torch.autograd.grad(
                 list(of_support.values()),
                 list(adapted.values()),
@@ -177,11 +137,12 @@ class ImplicitMAML(AdaptingLearner):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            return vectors + as_vectors(hessian) / (self.config.proximity + self.config.cg_damping)
+            return vectors + flatten_tasks(hessian) / (self.proximity + self.cg_damping)
 
-        solution = conjugate_gradient(product, as_vectors(of_query), self.config.cg_steps)
-        wanted = {n for n, p in self.network.named_parameters() if p.requires_grad}
-        return loss.detach(), [piece.sum(0) for n, piece in as_parameters(solution, adapted).items() if n in wanted]
+        solution = conjugate_gradient(product, flatten_tasks(of_query), self.cg_steps)
+        gradients = {n: piece.sum(0) for n, piece in unflatten_tasks(solution, adapted).items()}
+        wanted = self.meta_parameters()
+        return with_gradient(loss, wanted.values(), [gradients[n.removeprefix("network.")] for n in wanted])
 
 
 def like(of_tasks: Shaped[Tensor, " task"], parameter: Tensor) -> Tensor:

@@ -6,72 +6,17 @@ every parameter), and of MAML++ the learned rates of every layer and step, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.learner import Loss, Parameters
-from metatutor.optimization.base import AdaptingLearner, check_inner_loop, leaves
-from metatutor.optimization.engine import chunks
-
-
-@dataclass(frozen=True)
-class MAMLConfig:
-    """The arguments of `MAML`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        inner_lr: see `MAML`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> MAMLConfig(inner_lr=0.1).build(ConvNet(n_outputs=5, filters=8)).config.inner_lr
-        0.1
-
-    Reference:
-        Finn, Abbeel & Levine (2017).
-    """
-
-    method: Literal["maml"] = "maml"
-    inner_lr: float = 0.4
-    inner_steps: int = 1
-    test_inner_steps: int | None = None
-    test_inner_lr: float | None = None
-    first_order: bool = False
-    adapt: Literal["all", "head"] = "all"
-    learned_lr: Literal["none", "parameter", "layer"] = "none"
-    multi_step_iterations: int = 0
-    recompute: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        check_inner_loop(self.inner_lr, self.inner_steps, self.test_inner_steps)
-        if self.test_inner_lr is not None and not self.test_inner_lr > 0:
-            raise ValueError(f"test_inner_lr must be positive, got {self.test_inner_lr}")
-        if self.test_inner_lr is not None and self.learned_lr != "none":
-            raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
-        if self.adapt not in ("all", "head"):
-            raise ValueError(f"adapt must be 'all' or 'head', got {self.adapt!r}")
-        if self.learned_lr not in ("none", "parameter", "layer"):
-            raise ValueError(f"learned_lr must be 'none', 'parameter' or 'layer', got {self.learned_lr!r}")
-        if self.multi_step_iterations < 0:
-            raise ValueError(f"multi_step_iterations must not be negative, got {self.multi_step_iterations}")
-        if self.inner_steps == 0 and (self.learned_lr != "none" or self.multi_step_iterations):
-            raise ValueError("without inner steps there are no rates to learn and no steps to weight; see inner_steps")
-
-    def build(self, network: Network) -> MAML:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return MAML(network, **arguments)
+from metatutor.functional import Parameters, call_method, gradients_of, leaves, with_gradient
+from metatutor.learner import Loss
+from metatutor.optimization.base import AdaptingLearner, check_rate
+from metatutor.optimization.chunks import Compiled, tasks_that_fit
 
 
 class MAML(AdaptingLearner):
@@ -95,14 +40,16 @@ class MAML(AdaptingLearner):
             every tensor of a `"layer"` and every step (MAML++); a step of the test beyond those of training takes the
             last one's.
         multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
-            and moves within this many calls of `meta_loss` to that after the last one (MAML++).
+            and moves within this many of its steps to that after the last one (MAML++).
+        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
+            same. First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
             its gradient is due, for the time of one more pass each. On a CPU, fewer tasks go side by side the more
             steps there are, so that memory does not grow with them.
-        compile: whether `meta_loss` is compiled, which takes a minute or more at the first call.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and the two before are a matter of
-            speed and memory, not of the result.
+        compiled: whether `meta_loss` is compiled in training, which takes a minute or more at the first call. This and
+            `recompute` are a matter of speed and memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+        inner_loss: what the inner loop descends, if that is another.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
@@ -123,109 +70,122 @@ class MAML(AdaptingLearner):
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         *,
-        inner_lr: float = MAMLConfig.inner_lr,
-        inner_steps: int = MAMLConfig.inner_steps,
-        test_inner_steps: int | None = MAMLConfig.test_inner_steps,
-        test_inner_lr: float | None = MAMLConfig.test_inner_lr,
-        first_order: bool = MAMLConfig.first_order,
-        adapt: Literal["all", "head"] = MAMLConfig.adapt,
-        learned_lr: Literal["none", "parameter", "layer"] = MAMLConfig.learned_lr,
-        multi_step_iterations: int = MAMLConfig.multi_step_iterations,
-        recompute: bool = MAMLConfig.recompute,
-        compile: bool = MAMLConfig.compile,
-        tasks_per_chunk: int | None = None,
+        inner_lr: float = 0.4,
+        inner_steps: int = 1,
+        test_inner_steps: int | None = None,
+        test_inner_lr: float | None = None,
+        first_order: bool = False,
+        adapt: Literal["all", "head"] = "all",
+        learned_lr: Literal["none", "parameter", "layer"] = "none",
+        multi_step_iterations: int = 0,
+        fixed_head: bool = False,
+        recompute: bool = False,
+        compiled: bool = False,
         loss: Loss | None = None,
+        inner_loss: Loss | None = None,
     ) -> None:
-        self.config = MAMLConfig(
-            "maml",
-            inner_lr,
-            inner_steps,
-            test_inner_steps,
-            test_inner_lr,
-            first_order,
-            adapt,
-            learned_lr,
-            multi_step_iterations,
-            recompute,
-            compile,
-        )
+        check_rate(inner_lr)
+        if test_inner_lr is not None and not test_inner_lr > 0:
+            raise ValueError(f"test_inner_lr must be positive, got {test_inner_lr}")
+        if test_inner_lr is not None and learned_lr != "none":
+            raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
+        if adapt not in ("all", "head"):
+            raise ValueError(f"adapt must be 'all' or 'head', got {adapt!r}")
+        if learned_lr not in ("none", "parameter", "layer"):
+            raise ValueError(f"learned_lr must be 'none', 'parameter' or 'layer', got {learned_lr!r}")
+        if multi_step_iterations < 0:
+            raise ValueError(f"multi_step_iterations must not be negative, got {multi_step_iterations}")
+        if inner_steps == 0 and (learned_lr != "none" or multi_step_iterations):
+            raise ValueError("without inner steps there are no rates to learn and no steps to weight; see inner_steps")
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
-            compile=compile,
-            tasks_per_chunk=tasks_per_chunk,
+            fixed_head=fixed_head,
             loss=loss,
+            inner_loss=inner_loss,
         )
-        self.own_gradient = recompute
+        self.inner_lr, self.test_inner_lr, self.first_order = inner_lr, test_inner_lr, first_order
+        self.learned_lr, self.multi_step_iterations, self.recompute = learned_lr, multi_step_iterations, recompute
+        self.moving = self.head_names() if adapt == "head" else list(self.initial_parameters(1))
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))
+        self._compiled = Compiled(self._gradient_of_tensors) if compiled else None
 
-    def chunks(self, episode: Episode) -> Iterator[Episode]:
-        """The tasks, as many at a time as are adapted side by side; `recompute` keeps parameters of every step."""
-        kept = self.inner_steps if self.config.recompute and self.training else 0
-        return chunks(episode, self.network, self.tasks_per_chunk, kept)
+    def tasks_at_once(self, episode: Episode) -> int:
+        """On a GPU all, on a CPU as many as fit; `recompute` keeps parameters of every step."""
+        kept = self.inner_steps if self.recompute and self.training else 0
+        return tasks_that_fit(episode, self.network, kept)
 
-    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """Mean loss of the query images after adaptation, or a weighted mean over the steps of it."""
+        self.check_ways(episode)
+        if torch.is_grad_enabled() and self.training and self._compiled is not None:
+            return self._compiled_loss(self._compiled, episode)
+        if torch.is_grad_enabled() and self.recompute:
+            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode)))
+        return self.outer_loss(episode)
+
+    def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean query loss after the last inner step, or the weighted sum of those after each."""
+        return self._weighted_loss(episode, self.step_weights(episode))
+
+    def _weighted_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None) -> Float[Tensor, ""]:
+        if weights is None:
+            return super().outer_loss(episode)
+        losses = [self.query_loss(episode, parameters) for parameters in self.adaptation_path(episode)[1:]]
+        return weights @ torch.stack(losses)
+
+    def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of gradient descent on the support loss."""
-        second_order = torch.is_grad_enabled() and not self.config.first_order
-        moving = self._moving()
-        _, gradients = self.support_gradients(parameters, episode, moving=moving, create_graph=second_order)
-        moves = zip(moving, self._rates(step), strict=True)
-        return parameters | {n: parameters[n] - rate * gradients[n] for n, rate in moves}, memory
-
-    def _moving(self) -> list[str]:
-        names = [name for name, _ in self.network.named_parameters()]
-        return [name for name in names if self.config.adapt == "all" or name.startswith("head.")]
+        second_order = torch.is_grad_enabled() and not self.first_order
+        _, gradients = self.support_gradients(parameters, episode, moving=self.moving, create_graph=second_order)
+        moves = zip(self.moving, self._rates(step), strict=True)
+        return parameters | {n: parameters[n] - rate * gradients[n] for n, rate in moves}, state
 
     # --- learned step sizes ---
 
     def _initial_rates(self) -> nn.ParameterList:
-        moving = [self.network.get_parameter(name) for name in self._moving()]
+        moving = [self.network.get_parameter(name) for name in self.moving]
         shapes = {
             "none": [],
             "parameter": [p.shape for p in moving],
-            "layer": [(self.config.inner_steps,)] * len(moving),
+            "layer": [(self.inner_steps,)] * len(moving),
         }
         dtype = moving[0].dtype if moving else None
-        return nn.ParameterList(
-            torch.full(shape, self.config.inner_lr, dtype=dtype) for shape in shapes[self.config.learned_lr]
-        )
+        return nn.ParameterList(torch.full(shape, self.inner_lr, dtype=dtype) for shape in shapes[self.learned_lr])
 
     def _rates(self, step: int) -> list[Tensor] | list[float]:
         """The step size of each moving parameter."""
-        if self.config.learned_lr == "layer":
-            return [rates[min(step, self.config.inner_steps - 1)] for rates in self.rates]
-        rate = self.config.inner_lr if self.training else self.config.test_inner_lr or self.config.inner_lr
-        return list(self.rates) or [rate] * len(self._moving())
+        if self.learned_lr == "layer":
+            return [rates[min(step, self.inner_steps - 1)] for rates in self.rates]
+        rate = self.inner_lr if self.training else self.test_inner_lr or self.inner_lr
+        return list(self.rates) or [rate] * len(self.moving)
 
     # --- the loss after every step ---
 
     def step_weights(self, episode: Episode) -> Float[Tensor, " step"] | None:
         """The weights of the query losses after each inner step, or None: only that after the last."""
-        n_steps, until = self.config.inner_steps, self.config.multi_step_iterations
+        n_steps, until = self.inner_steps, self.multi_step_iterations
         if not self.training or not until or self.multi_step_calls >= until:
             return None
         earlier = (1 - self.multi_step_calls.item() / until) / n_steps
-        if torch.is_grad_enabled():
-            self.multi_step_calls += 1
         return episode.query_images.new_tensor([earlier] * (n_steps - 1) + [1 - (n_steps - 1) * earlier])
 
-    # --- the meta-gradient, computed here ---
+    def after_step(self) -> None:
+        """Count the steps of the outer loop."""
+        if self.multi_step_iterations and self.training:
+            self.multi_step_calls += 1
 
-    def meta_gradient(
-        self, episode: Episode, weights: Float[Tensor, " step"] | None = None
-    ) -> tuple[Float[Tensor, ""], list[Tensor]]:
-        """The meta-loss of one chunk, and its gradient in each of `meta_parameters`."""
-        if self.config.recompute:
-            return self._recomputed_gradient(episode, weights)
-        return super().meta_gradient(episode, weights)
+    # --- the meta-gradient, one step at a time ---
 
-    def _recomputed_gradient(self, episode: Episode, weights: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """By the chain rule from the last step to the first, with the graph of one step at a time."""
+    def _recomputed_gradient(
+        self, episode: Episode, weights: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Loss, meta-parameters and gradients, by the chain rule from the last step to the first."""
         with torch.no_grad():
             path = self.adaptation_path(episode)
         n_steps, rates = len(path) - 1, list(self.rates)
@@ -237,7 +197,7 @@ class MAML(AdaptingLearner):
             if step == n_steps or (weights is not None and step > 0):
                 weight = 1 if weights is None else weights[step - 1]
                 loss = weight * self.query_loss(episode, here)
-                gradients = torch.autograd.grad(loss, list(here.values()))
+                gradients = gradients_of(loss, list(here.values()))
                 of_path = {n: v + g for (n, v), g in zip(of_path.items(), gradients, strict=True)}
                 total = total + loss.detach()
             if step > 0:
@@ -249,6 +209,31 @@ class MAML(AdaptingLearner):
                 )
                 of_path = dict(zip(before, gradients, strict=False))
                 of_rates = [v + g for v, g in zip(of_rates, gradients[len(before) :], strict=True)]
-        of_shared = dict(zip(map(id, self.network.parameters()), (g.sum(0) for g in of_path.values()), strict=True))
-        of_shared |= dict(zip(map(id, rates), of_rates, strict=True))
-        return total, [of_shared[id(p)] for p in self.meta_parameters()]
+        found = {f"network.{n}": g.sum(0) for n, g in of_path.items()}
+        found |= {f"rates.{i}": g for i, g in enumerate(of_rates)}
+        wanted = self.meta_parameters()
+        return total, list(wanted.values()), [found[name] for name in wanted]
+
+    # --- the meta-gradient, compiled ---
+
+    def _compiled_loss(self, compiled: Compiled, episode: Episode) -> Float[Tensor, ""]:
+        weights, parameters = self.step_weights(episode), list(self.meta_parameters().values())
+        no_weights = torch.empty(0, device=episode.query_images.device)
+        images_and_labels = (
+            episode.support_images, episode.support_labels, episode.query_images, episode.query_labels
+        )  # fmt: skip
+        loss, *gradients = compiled(no_weights if weights is None else weights, *images_and_labels, *parameters)
+        return with_gradient(loss, parameters, gradients)
+
+    def _gradient_of_tensors(self, weights: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """The meta-loss and its gradients as a function of nothing but tensors."""
+        images_and_labels, parameters = tensors[:4], tensors[4:]
+        episode = Episode.unchecked(*images_and_labels, n_way=self.network.n_outputs or 0)
+        own = leaves(dict(zip(self.meta_parameters(), parameters, strict=True)))
+        given = weights if len(weights) else None
+        with torch.enable_grad():
+            if self.recompute:
+                loss, _, gradients = call_method(self, own, self._recomputed_gradient, episode, given)
+                return [loss, *gradients]
+            loss = call_method(self, own, self._weighted_loss, episode, given)
+            return [loss, *gradients_of(loss, list(own.values()))]

@@ -2,53 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metatutor.backbones import Network
 from metatutor.episodes import Episode
-from metatutor.learner import Loss, Parameters, preprocess
-from metatutor.optimization.base import AdaptingLearner, as_parameters, as_vectors, check_inner_loop
-
-
-@dataclass(frozen=True)
-class MetaLSTMConfig:
-    """The arguments of `MetaLSTM`, for a recorded run.
-
-    Args:
-        method: the tag of this learner in `config.json`.
-        inner_steps: see `MetaLSTM`, as are the others.
-
-    Raises:
-        ValueError: if an argument is out of range.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> MetaLSTMConfig(inner_steps=3).build(ConvNet(n_outputs=5, filters=8)).config.inner_steps
-        3
-
-    Reference:
-        Ravi & Larochelle (2017).
-    """
-
-    method: Literal["meta_lstm"] = "meta_lstm"
-    inner_steps: int = 5
-    test_inner_steps: int | None = None
-    hidden_size: int = 20
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        check_inner_loop(1.0, self.inner_steps, self.test_inner_steps)
-        if self.hidden_size < 1:
-            raise ValueError(f"hidden_size must be positive, got {self.hidden_size}")
-
-    def build(self, network: Network) -> MetaLSTM:
-        """The learner with these arguments."""
-        arguments = {name: value for name, value in vars(self).items() if name != "method"}
-        return MetaLSTM(network, **arguments)
+from metatutor.functional import Parameters, flatten_tasks, preprocess, unflatten_tasks
+from metatutor.learner import Loss
+from metatutor.optimization.base import AdaptingLearner
 
 
 class MetaLSTM(AdaptingLearner):
@@ -72,10 +34,10 @@ class MetaLSTM(AdaptingLearner):
         inner_steps: steps of adaptation while training, each on the whole support set.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         hidden_size: of the LSTM that watches.
-        compile: whether the meta-gradient is compiled in training, which takes minutes at the first call.
-        tasks_per_chunk: tasks adapted side by side (see `engine.chunks`). This and `compile` are a matter of speed and
-            memory, not of the result.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
+            same.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+        inner_loss: what the inner loop descends, if that is another.
 
     Raises:
         ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
@@ -93,24 +55,25 @@ class MetaLSTM(AdaptingLearner):
 
     def __init__(
         self,
-        network: Network,
+        network: nn.Module,
         *,
-        inner_steps: int = MetaLSTMConfig.inner_steps,
-        test_inner_steps: int | None = MetaLSTMConfig.test_inner_steps,
-        hidden_size: int = MetaLSTMConfig.hidden_size,
-        compile: bool = MetaLSTMConfig.compile,
-        tasks_per_chunk: int | None = None,
+        inner_steps: int = 5,
+        test_inner_steps: int | None = None,
+        hidden_size: int = 20,
+        fixed_head: bool = False,
         loss: Loss | None = None,
+        inner_loss: Loss | None = None,
     ) -> None:
-        self.config = MetaLSTMConfig("meta_lstm", inner_steps, test_inner_steps, hidden_size, compile)
         super().__init__(
             network,
             inner_steps=inner_steps,
             test_inner_steps=test_inner_steps,
-            compile=compile,
-            tasks_per_chunk=tasks_per_chunk,
+            fixed_head=fixed_head,
             loss=loss,
+            inner_loss=inner_loss,
         )
+        if hidden_size < 1:
+            raise ValueError(f"hidden_size must be positive, got {hidden_size}")
         self.watch = nn.LSTMCell(4, hidden_size)
         self.forget, self.enter = (nn.Linear(hidden_size + 2, 1) for _ in range(2))
         # At first nearly all is kept and little enters: gradient descent with a rate of about 0.01.
@@ -118,20 +81,20 @@ class MetaLSTM(AdaptingLearner):
             nn.init.uniform_(gate.weight, -0.01, 0.01)
             nn.init.uniform_(gate.bias, low, high)
 
-    def inner_step(self, parameters: Parameters, memory: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
-        """One step of the LSTM, whose state the memory holds: both of `watch`, and the two gates."""
+    def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
+        """One step of the LSTM, whose state is both of `watch`, and the two gates."""
         with torch.no_grad():
             losses, gradients = self.support_gradients(parameters, episode)
-            gradient = as_vectors(gradients.values()).flatten()  # [task * parameter]
+            gradient = flatten_tasks(gradients.values()).flatten()  # [task * parameter]
             n_parameters = len(gradient) // len(episode)
             seen = torch.cat([preprocess(gradient), preprocess(losses.repeat_interleave(n_parameters))], dim=1)
-        cell = as_vectors(parameters.values()).flatten()
-        watched, forget, enter = memory or (None, torch.zeros_like(cell), torch.zeros_like(cell))
+        cell = flatten_tasks(parameters.values()).flatten()
+        watched, forget, enter = state or (None, torch.zeros_like(cell), torch.zeros_like(cell))
         watched = self.watch(seen, watched)
         forget = self._gate(self.forget, watched[0], cell, forget)
         enter = self._gate(self.enter, watched[0], cell, enter)
         cells = (forget * cell - enter * gradient).unflatten(0, (len(episode), n_parameters))
-        return as_parameters(cells, parameters), (watched, forget, enter)
+        return unflatten_tasks(cells, parameters), (watched, forget, enter)
 
     def _gate(self, gate: nn.Module, h: Tensor, cell: Tensor, before: Tensor) -> Tensor:
         return gate(torch.cat([h, cell[:, None], before[:, None]], dim=1)).squeeze(1).sigmoid()

@@ -1,0 +1,191 @@
+"""A reader's own images: from a folder, from any dataset or from arrays, as classes or as one task."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatutor.episodes import ClassImages, Episode
+
+
+def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages:
+    """Classes of images, each with as many as there are.
+
+    Args:
+        images: see `pixels`.
+        labels: one an image, of any kind; the classes are named after them.
+
+    Raises:
+        ValueError: if images are of another form, or labels are not as many as images.
+
+    Example:
+        >>> classes = from_arrays(torch.zeros(3, 28, 28), ["b", "a", "b"])
+        >>> classes.names, classes.counts.tolist()
+        (('b', 'a'), [2, 1])
+    """
+    tensor = (255 * pixels(images)).round().to(torch.uint8)
+    numbers, names = _numbered(labels, len(tensor), "images")
+    counts = numbers.bincount(minlength=len(names))
+    by_class = tensor.new_zeros(len(names), int(counts.max()), *tensor.shape[1:])
+    for number in range(len(names)):
+        by_class[number, : counts[number]] = tensor[numbers == number]
+    return ClassImages(by_class, tuple(map(str, names)), counts=counts)
+
+
+def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 28, channels: int = 1) -> ClassImages:
+    """Classes of any dataset of `(image, label)` pairs, such as those of torchvision.
+
+    Args:
+        dataset: its images are PIL images, tensors `[channel, height, width]` or arrays `[height, width]`.
+        image_size: height and width in pixels that they are resized to.
+        channels: 1 for greys, 3 for colours.
+
+    Raises:
+        ValueError: if an image is of another form.
+
+    Example:
+        >>> len(from_dataset([(torch.zeros(1, 105, 105), "a"), (torch.zeros(1, 90, 80), "b")]))
+        2
+    """
+    pairs = [(_resized(image, image_size, channels), label) for image, label in dataset]
+    if not pairs:
+        raise ValueError("the dataset is empty")
+    return from_arrays(torch.stack([image for image, _ in pairs]), [label for _, label in pairs])
+
+
+def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) -> ClassImages:
+    """Classes of a folder that holds a folder of image files for each class.
+
+    Args:
+        folder: its sub-folders are the classes, named after them.
+        image_size: height and width in pixels that images are resized to.
+        channels: 1 for greys, 3 for colours.
+
+    Raises:
+        ValueError: if there are no images, or one cannot be read.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    files = sorted(path for path in Path(folder).expanduser().glob("*/*") if path.is_file() and path.name[0] != ".")
+    if not files:
+        raise ValueError(f"{folder} holds no images; put those of each class into a folder of its own there")
+    pairs = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                pairs.append((image.convert("RGB" if channels == 3 else "L"), path.parent.name))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"cannot read {path} as an image ({error}); remove it or convert it") from None
+    return from_dataset(pairs, image_size=image_size, channels=channels)
+
+
+def _resized(image: Any, size: int, channels: int) -> Tensor:
+    """`[channel, size, size]`, floats from 0 to 1."""
+    if hasattr(image, "convert"):  # a PIL image
+        import numpy as np
+
+        array = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))
+        image = array.movedim(-1, 0) if channels == 3 else array
+    tensor = torch.as_tensor(image)
+    tensor = pixels(tensor[None] if tensor.dim() == 3 else tensor[None, None], "images", strokes=False)
+    if tensor.shape[1] != channels:
+        tensor = tensor[:, :3].mean(1, keepdim=True).expand(-1, channels, -1, -1)
+    if tensor.shape[2:] != (size, size):
+        resize = torch.nn.functional.interpolate
+        tensor = resize(tensor, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    return tensor[0]
+
+
+def task_of(
+    support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
+) -> tuple[Episode, list[Hashable]]:
+    """One task of labelled images and images to name.
+
+    Args:
+        support_images, query_images: see `pixels`.
+        support_labels: one label a support image, of any kind.
+
+    Returns:
+        An episode of one task, and the label that each class number stands for.
+
+    Raises:
+        ValueError: if images are of another form, or labels are not as many as images.
+
+    Example:
+        >>> episode, names = task_of(torch.zeros(3, 28, 28), ["b", "a", "b"], torch.zeros(1, 28, 28))
+        >>> episode.support_labels.tolist(), names
+        ([[0, 1, 0]], ['b', 'a'])
+    """
+    support, query = pixels(support_images, "support_images"), pixels(query_images, "query_images")
+    labels, names = _numbered(support_labels, len(support), "support images")
+    return Episode(support[None], labels[None], query[None], n_way=len(names)), names
+
+
+def _numbered(labels: Any, n_images: int, of: str) -> tuple[Tensor, list[Hashable]]:
+    """Labels of any kind as numbers, and the label that each number stands for."""
+    given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(given) != n_images:
+        raise ValueError(f"{n_images} {of} but {len(given)} labels; give one label an image")
+    names = list(dict.fromkeys(given))
+    return torch.tensor([names.index(label) for label in given]), names
+
+
+def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor:
+    """Images as floats from 0 (paper) to 1 (ink), `[image, channel, height, width]`.
+
+    Args:
+        images: a tensor, an array or a sequence of them, `[image, channel, height, width]` or, of one channel,
+            `[image, height, width]`; integers from 0 to 255 or floats from 0 to 1.
+        name: what to call them in an error.
+        strokes: whether dark strokes on white paper are an error, as they are to a network that knows ink as 1.
+
+    Raises:
+        ValueError: if they are of another form; it says what to do.
+
+    Example:
+        >>> pixels(torch.full((2, 28, 28), 255, dtype=torch.uint8)).shape
+        torch.Size([2, 1, 28, 28])
+    """
+    tensor = _stacked(images, name)
+    if tensor.dim() == 3:
+        tensor = tensor[:, None]
+    if tensor.dim() != 4 or not tensor.numel():
+        raise ValueError(
+            f"{name} must be [image, channel, height, width] or [image, height, width], got {list(tensor.shape)}"
+        )
+    if tensor.shape[-1] in (1, 3, 4) and tensor.shape[1] not in (1, 3, 4):
+        raise ValueError(f"{name} come channels last, {list(tensor.shape)}; give images.movedim(-1, 1)")
+    if tensor.is_complex() or (tensor.is_floating_point() and not bool(tensor.isfinite().all())):
+        raise ValueError(f"{name} must be finite real numbers, from 0 (paper) to 1 (ink)")
+    low, high = tensor.min().item(), tensor.max().item()
+    most = 1 if tensor.is_floating_point() or tensor.dtype == torch.bool else 255
+    if low < 0 or high > most:
+        raise ValueError(
+            f"{name} must be floats from 0 (paper) to 1 (ink) or bytes from 0 to 255, got {tensor.dtype} from {low:g} "
+            f"to {high:g}; divide by 255, or undo the normalisation"
+        )
+    tensor = tensor if tensor.is_floating_point() else tensor.float() / most
+    if (
+        strokes
+        and tensor.shape[1] == 1
+        and ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
+        and tensor.mean() > 0.7
+    ):
+        raise ValueError(
+            f"{name} look like dark strokes on white paper, but here 0 is paper and 1 is ink; give 1 - images"
+        )
+    return tensor
+
+
+def _stacked(images: Any, name: str) -> Tensor:
+    if isinstance(images, Sequence):
+        parts = [torch.as_tensor(image) for image in images]
+        shapes = {tuple(part.shape) for part in parts}
+        if len(shapes) != 1:
+            raise ValueError(f"{name} must all be of one size, got {sorted(shapes) or 'none'}; resize them")
+        return torch.stack(parts)
+    return torch.as_tensor(images)

@@ -1,0 +1,113 @@
+"""Learners that embed every image of a task and answer from the embeddings; and their fine-tuning."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.backbones import Embedding, backbone
+from metatutor.episodes import Episode
+from metatutor.functional import Parameters, call_method, gradients_of, one_by_one
+from metatutor.learner import Loss, NetworkLearner
+
+Logits = Float[Tensor, "task query way"]
+
+
+class EmbeddingLearner(NetworkLearner):
+    """Embeds every image of a task and answers from the embeddings, in one pass: no steps are taken on a task.
+
+    A method says how tasks are answered, `answer`, and, if not by cross-entropy, how the answer is judged, `meta_loss`.
+
+    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `finetune_loss` of the
+    support images asked about themselves: what the source article proposes, and none of the papers does. Outer loop
+    and fine-tuning do not meet: the outer loop trains without it.
+
+    Args:
+        network: the embedding. Of one of ours a last layer, if it has one, is not used; of any other module the outputs
+            are the embeddings (see `backbone`).
+        finetune_steps: of gradient descent on each support set, in evaluation mode.
+        finetune_lr: its learning rate.
+        loss: of logits and labels; default: cross-entropy.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> from metatutor import ConvNet
+        >>> class NearestSum(EmbeddingLearner):
+        ...     def answer(self, episode):
+        ...         support, query = self.embed(episode)
+        ...         return query @ (F.one_hot(episode.support_labels).float().mT @ support).mT
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> NearestSum(ConvNet(filters=4))(Episode(images, labels, images)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Vinyals et al. (2016), section 2.
+    """
+
+    network: Embedding  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self, network: nn.Module, *, finetune_steps: int = 0, finetune_lr: float = 0.01, loss: Loss | None = None
+    ) -> None:
+        if finetune_steps < 0:
+            raise ValueError(f"finetune_steps must not be negative, got {finetune_steps}")
+        if not finetune_lr > 0:
+            raise ValueError(f"finetune_lr must be positive, got {finetune_lr}")
+        embedding = backbone(network, head="")
+        if not isinstance(embedding, Embedding):
+            raise ValueError(
+                f"{type(self).__name__} compares embeddings, and {type(network).__name__} does not say what enters its "
+                "last layer; take a ConvNet, or any nn.Module that embeds"
+            )
+        super().__init__(embedding, loss)
+        self.finetune_steps, self.finetune_lr = finetune_steps, finetune_lr
+
+    @abstractmethod
+    def answer(self, episode: Episode) -> Logits:
+        """Logits of the query images, under the parameters as they are."""
+
+    def forward(self, episode: Episode) -> Logits:
+        """Answer, in evaluation mode after fine-tuning on each support set if asked for."""
+        if self.training or not self.finetune_steps:
+            return self.answer(episode)
+        return torch.cat([call_method(self, self.finetune(task), self.answer, task) for task in episode])
+
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean loss of the query images, without fine-tuning."""
+        return self.loss(self.answer(episode).flatten(0, 1), episode.query_labels.flatten())
+
+    def finetune_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """What fine-tuning descends: the meta-loss, as a rule."""
+        return self.meta_loss(episode)
+
+    def embed(
+        self, episode: Episode
+    ) -> tuple[Float[Tensor, "task support embedding"], Float[Tensor, "task query embedding"]]:
+        """Embeddings of the support and of the query images; each task's are normalised by themselves."""
+        n_support = episode.support_images.shape[1]
+        images = torch.cat([episode.support_images, episode.query_images], dim=1)
+        embeddings = self.of_tasks(lambda of_task: self.network.embed(of_task, n_support), images)
+        return embeddings[:, :n_support], embeddings[:, n_support:]
+
+    def of_tasks(self, function, *tensors: Tensor) -> Tensor:
+        """What a function makes of every task's tensors, each task by itself.
+
+        Side by side on a GPU; one after the other on a CPU, where one task's activations stay in the cache.
+        """
+        return self.each_task(function, *tensors) if tensors[0].is_cuda else one_by_one(function, *tensors)
+
+    def finetune(self, task: Episode) -> Parameters:
+        """One task's own parameters by name, after gradient descent on `finetune_loss` of its support set."""
+        asked = replace(task, query_images=task.support_images, query_labels=task.support_labels)
+        own = {name: p.detach() for name, p in self.meta_parameters().items()}
+        with torch.enable_grad():
+            for _ in range(self.finetune_steps):
+                own = {name: p.requires_grad_() for name, p in own.items()}
+                gradients = gradients_of(call_method(self, own, self.finetune_loss, asked), list(own.values()))
+                descent = zip(own.items(), gradients, strict=True)
+                own = {name: (p - self.finetune_lr * g).detach() for (name, p), g in descent}
+        return own

@@ -1,0 +1,70 @@
+"""How many tasks adapt side by side, and compiling the whole of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metatutor.backbones import Network
+from metatutor.episodes import Episode
+
+_ACTIVATION_BYTES, _KEPT_BYTES = 128 * 2**20, 64 * 2**20  # measured with benchmarks/maml_step.py
+
+
+def tasks_that_fit(episode: Episode, network: Network, copies_kept: int = 0) -> int:
+    """How many tasks of an episode are best adapted side by side.
+
+    On a GPU all; on a CPU as many as keep the largest activation within 128 MiB, and the copies of parameters within
+    64 MiB. Parts are then as equal as can be, and as few: larger ones would cost more in page faults than they save.
+
+    Args:
+        episode: a batch of tasks.
+        network: what all their images go through.
+        copies_kept: how many copies of the network's parameters are kept for each task at a time.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(5, 2, 1, 28, 28), torch.arange(2).repeat(5, 1)
+        >>> tasks_that_fit(Episode(images, labels, images), ConvNet(2))
+        5
+    """
+    if episode.query_images.device.type != "cpu":
+        return len(episode)
+    n_images = episode.support_images.shape[1] + episode.query_images.shape[1]
+    kept = copies_kept * sum(p.numel() for p in network.parameters())
+    size = len(episode) * episode.query_images.element_size()
+    n_parts = math.ceil(
+        max(1, size * n_images * network.largest_activation / _ACTIVATION_BYTES, size * kept / _KEPT_BYTES)
+    )
+    return math.ceil(len(episode) / min(n_parts, len(episode)))
+
+
+class Compiled:
+    """A function of tensors, traced once for every set of shapes, and compiled.
+
+    Tracing sees through `autograd.grad` and `vmap`: what is compiled is the whole of it, as one graph of products and
+    sums. Whatever the function reads besides its tensors is fixed at the first call.
+
+    Args:
+        function: of tensors, returning tensors.
+
+    Reference:
+        Ansel et al. (2024), PyTorch 2.
+    """
+
+    def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:
+        self.function = function
+        self.compiled: dict[Any, Callable[..., Sequence[Tensor]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor]:
+        from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and rarely needed
+
+        shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        if shapes not in self.compiled:
+            self.compiled[shapes] = torch.compile(make_fx(self.function)(*tensors))
+        with torch.no_grad():
+            return self.compiled[shapes](*tensors)
