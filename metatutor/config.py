@@ -10,8 +10,8 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -28,10 +28,9 @@ from metatutor.training import TrainConfig
 
 Key = Literal["method", "kind"]  # under which a learner, and a network, says its tag
 Value = bool | int | float | None | str
-LARGEST_FILE = 2**20  # bytes of a configuration
 MOST_PARAMETERS = 2**30
+_LARGEST_FILE = 2**20  # bytes of JSON
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_ARGUMENT = re.compile(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {5,}.+)*)", re.MULTILINE)
 
 
 # --- arguments, read from a constructor ---
@@ -39,12 +38,13 @@ _ARGUMENT = re.compile(r"^ {4}(\w+(?:, \w+)*): (.+(?:\n {5,}.+)*)", re.MULTILINE
 
 @dataclass(frozen=True)
 class Arguments:
-    """The arguments of a constructor; `config_of` makes a class from it for every learner and network."""
+    """The arguments of a constructor, `of`; `config_of` makes a class from it for every learner and network."""
 
-    of: ClassVar[type[nn.Module]]
+    of: ClassVar[Any]
+    tag: ClassVar[str]
 
     def build(self, *positional: Any, **others: Any) -> Any:
-        """The learner or network: a learner of a network, a network with so many outputs (None: as is its default)."""
+        """The learner, of a network; or the network."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in get_args(Key)}
         return self.of(*positional, **others, **chosen)
 
@@ -54,35 +54,37 @@ def config_of(cls: type[nn.Module]) -> type[Arguments]:
     """The arguments of a learner or network as a frozen dataclass, with its tag and its own words on each of them.
 
     Args:
-        cls: a learner, all of whose arguments but `network` have defaults; or a network. Arguments that no JSON can
-            hold, such as a loss, are left out.
+        cls: all of its arguments but `network` have defaults. Those that no JSON can hold, such as a loss, are left
+            out, and so is `n_outputs`, which is the learner's to say.
 
     Example:
         >>> from metatutor import MAML
-        >>> config_of(MAML)(inner_lr=0.1).method
-        'maml'
+        >>> config_of(MAML)(inner_lr=0.1)
+        MAMLConfig(method='maml', inner_lr=0.1, inner_steps=1, ...)
     """
+    tag = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
     key: Key = "method" if issubclass(cls, Learner) else "kind"
-    hints, words = get_type_hints(cls.__init__), _words(cls)
-    made: list[tuple[str, Any, Any]] = [
-        (key, Annotated[Literal[tag_of(cls)], tyro.conf.Suppress], field(default=tag_of(cls)))
-    ]
+    made: list[Any] = [(key, Annotated[Literal[tag], tyro.conf.Suppress], field(default=tag))]
+    hints = get_type_hints(cls.__init__)
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         kept = _data_type(hints.get(name))
         if kept is not None and name != "n_outputs":
             default = tuple(parameter.default) if get_origin(kept) is tuple else parameter.default
             made.append((name, kept, field(default=default)))
-    about = "\n".join(f"    {name}: {words[name]}" for name, *_ in made if name in words)
-    summary = inspect.cleandoc(cls.__doc__ or "").partition("\nArgs:\n")[0]
-    namespace = {"of": cls, "__doc__": f"{summary}\n\nArgs:\n{about}\n", "__pydantic_config__": _STRICT}
-    return make_dataclass(
-        f"{cls.__name__}Config", made, bases=(Arguments,), frozen=True, kw_only=True, namespace=namespace
-    )
+    about = {"of": cls, "tag": tag, "__doc__": cls.__doc__, "__pydantic_config__": _STRICT}
+    name = f"{cls.__name__}Config"
+    return make_dataclass(name, made, bases=(Arguments,), frozen=True, kw_only=True, namespace=about)
 
 
-def tag_of(cls: type) -> str:
-    """How files, the command line and errors call a learner or network: `ImplicitMAML` is `implicit-maml`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", cls.__name__).lower()
+def _data_type(hint: Any) -> Any:
+    """A type of what JSON can hold, made hashable; None for any other."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint in (bool, int, float, str, type(None)) or origin is Literal:
+        return hint
+    if origin in (Sequence, list, tuple):
+        return (item := _data_type(arguments[0])) and tuple[item, ...]
+    parts = [_data_type(argument) for argument in arguments]
+    return Union[tuple(parts)] if origin in (Union, types.UnionType) and None not in parts else None  # noqa: UP007
 
 
 @cache
@@ -91,29 +93,8 @@ def known(key: Key) -> dict[str, type[Arguments]]:
     import metatutor  # which imports this module
 
     exported = [getattr(metatutor, name) for name in metatutor.__all__]
-    built = [c for c in exported if isinstance(c, type) and issubclass(c, nn.Module) and not inspect.isabstract(c)]
-    return {tag_of(c): config_of(c) for c in built if issubclass(c, Learner) == (key == "method")}
-
-
-def _words(cls: type) -> dict[str, str]:
-    """What docstrings say of the arguments, the nearest class last; "see `Base`" leaves the base's words."""
-    said: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        for names, text in _ARGUMENT.findall(inspect.cleandoc(vars(base).get("__doc__") or "")):
-            if not text.startswith("see `"):
-                said |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return said
-
-
-def _data_type(hint: Any) -> Any:
-    """A type of what JSON can hold, hashable; None for any other."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint in (bool, int, float, str, type(None)) or origin is Literal:
-        return hint
-    if origin in (Sequence, list, tuple):
-        return (item := _data_type(arguments[0])) and tuple[item, ...]
-    parts = [_data_type(argument) for argument in arguments]
-    return Union[tuple(parts)] if origin in (Union, types.UnionType) and None not in parts else None  # noqa: UP007
+    modules = [c for c in exported if isinstance(c, type) and issubclass(c, nn.Module) and not inspect.isabstract(c)]
+    return {(c := config_of(m)).tag: c for m in modules if issubclass(m, Learner) == (key == "method")}
 
 
 @dataclass(frozen=True)
@@ -126,8 +107,8 @@ class _Known:
         return Union[tuple(Annotated[c, tyro.conf.subcommand(tag)] for tag, c in known(self.key).items())]  # noqa: UP007
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
-        union = Annotated[self.union(), Field(discriminator=self.key)]
-        return handler.generate_schema(union | None if self.key == "kind" else union)
+        union: Any = Annotated[self.union(), Field(discriminator=self.key)]
+        return handler.generate_schema(union if self.key == "method" else union | None)
 
 
 _LEARNER, _NETWORK = _Known("method"), _Known("kind")
@@ -162,14 +143,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SinusoidsConfig:
-    """Sine waves instead of characters: train, validation and test draw from the same ones, at other seeds.
-
-    Args:
-        source: the tag of these data.
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1.
-    """
+    """Sine waves instead of characters, those of Finn, Abbeel & Levine (2017); all splits draw from the same ones."""
 
     source: Literal["sinusoids"] = "sinusoids"
     shape: ClassVar[tuple[int, ...]] = (1,)
@@ -218,11 +192,8 @@ class TestConfig:
         seed: of the stream of tasks.
         split: the classes that tasks are drawn from.
         stream: whether every image of the support set is asked before its label is told.
-        learner: arguments of the learner that are others here than in training.
-        network: arguments of the network that are others here than in training.
-
-    Raises:
-        ValueError: if there are too few tasks for an interval.
+        learner: arguments of the learner that are others than in training, such as test_inner_steps 10.
+        network: arguments of the network that are others than in training.
     """
 
     __test__: ClassVar[bool] = False  # for pytest
@@ -239,9 +210,10 @@ class TestConfig:
     network: dict[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
         if self.n_episodes < 2:
             raise ValueError(f"n_episodes must be at least 2 for an interval, got {self.n_episodes}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
 
 # --- the whole ---
@@ -286,20 +258,18 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
-        specs = {"training": self.train_spec, "validation": self.validation_spec}
-        method = self.learner.of
+        specs, method = (self.train_spec, self.validation_spec), self.learner.of
         if "network" not in inspect.signature(method.__init__).parameters:
             object.__setattr__(self, "network", None)
         if not method.learns and self.train == TrainConfig():
             object.__setattr__(self, "train", None)
-        if not method.learns and self.train is not None:
-            raise ValueError(f"{self.learner.method} learns nothing before it sees a task; leave out `train`")
         learner = self._outline()
-        if self.train and not any(p.requires_grad for p in learner.parameters()):
-            raise ValueError(f"{self.learner.method} has nothing to learn with this network; choose another kind")
-        for where, spec in specs.items():
-            self._check_tasks(learner, where, spec, self.validation.stream)
+        for spec in specs:
+            self._check(learner, spec, self.validation.stream)
+        if self.train is not None and not method.learns:
+            raise ValueError(f"{self.learner.tag} learns nothing before it sees a task; leave out `train`")
+        if self.train is not None and not any(p.requires_grad for p in learner.parameters()):
+            raise ValueError(f"{self.learner.tag} has nothing to learn with this network; choose another kind")
 
     @property
     def regression(self) -> bool:
@@ -323,16 +293,15 @@ class RunConfig:
         return EpisodeSpec(n_way, self.k_shot if test.k_shot is None else test.k_shot, test.n_query)
 
     def tested(self, test: TestConfig) -> RunConfig:
-        """The configuration with the arguments that a test changes.
-
-        Raises:
-            ValueError: if it has no such arguments, or the learner cannot be tested so.
-        """
-        changed = {"learner": _changed(self.learner, test.learner)}
-        if self.network is not None:
-            changed["network"] = _changed(self.network, test.network)
-        config = replace(self, **changed)
-        self._check_tasks(config._outline(), "test", self.test_spec(test), test.stream)
+        """The configuration with the arguments that a test changes; a ValueError if the learner cannot be tested so."""
+        parts = {"learner": (self.learner, test.learner), "network": (self.network, test.network)}
+        read = {
+            name: _read(type(part), json.dumps(asdict(part) | changes), f"arguments of the {name}")
+            for name, (part, changes) in parts.items()
+            if part is not None and changes
+        }
+        config = replace(self, **read)
+        self._check(config._outline(), self.test_spec(test), test.stream)
         return config
 
     def build(self, n_train_classes: int) -> Learner:
@@ -342,55 +311,35 @@ class RunConfig:
             if self.network is None:
                 return self.learner.build()
             outputs = self.learner.of.outputs(self.n_way, n_train_classes)
-            chosen = "n_outputs" in inspect.signature(self.network.of.__init__).parameters and outputs is not None
-            return self.learner.build(self.network.build(**{"n_outputs": outputs} if chosen else {}))
+            if outputs is None:
+                return self.learner.build(self.network.build())
+            if "n_outputs" not in inspect.signature(self.network.of.__init__).parameters:
+                raise ValueError(f"{self.learner.tag} needs a network with a last layer; {self.network.tag} has none")
+            return self.learner.build(self.network.build(n_outputs=outputs))
 
     def _outline(self) -> Learner:
         """The learner without memory for its numbers: what is wrong with its arguments shows, and costs nothing."""
         try:
-            with torch.device("meta"), torch.no_grad():
+            with torch.device("meta"):
                 learner = self.build(n_train_classes=2)
-                if self.network is not None:
-                    learner.network(torch.empty(2, *self.data.shape))
-        except (RuntimeError, TypeError, OverflowError, MemoryError) as error:
+        except (RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{self.learner.method} cannot be built for this network and data: {reason}") from None
-        numbers = sum(p.numel() for p in learner.state_dict().values())
+            raise ValueError(f"{self.learner.tag} cannot be built with this network: {reason}") from None
+        numbers = sum(tensor.numel() for tensor in learner.state_dict().values())
         if numbers > MOST_PARAMETERS:
             raise ValueError(f"{numbers:,} parameters are more than the {MOST_PARAMETERS:,} that a run may have")
+        shape, network = self.data.shape, getattr(learner, "network", None)
+        numbers, taken = math.prod(shape), getattr(network, "image_shape", shape)
+        if taken != shape or getattr(self.network, "n_inputs", numbers) != numbers:
+            raise ValueError(f"{self.data.source} are inputs of {shape}, which this network does not take")
         return learner
 
-    def _check_tasks(self, learner: Learner, where: str, spec: EpisodeSpec, stream: bool) -> None:
+    def _check(self, learner: Learner, spec: EpisodeSpec, stream: bool) -> None:
         """Raise a `ValueError` if the learner cannot answer such tasks."""
         if learner.ways not in (None, spec.n_way):
-            raise ValueError(
-                f"{self.learner.method} was made for {learner.ways} ways but the {where} has n_way = {spec.n_way}; "
-                "let them agree"
-            )
+            raise ValueError(f"{self.learner.tag} is made for n_way = {learner.ways}, not {spec.n_way}; let them agree")
         if stream and not learner.reads_streams:
-            raise ValueError(f"{self.learner.method} answers no stream; leave out `stream`")
-
-
-def _changed(arguments: Arguments, changes: dict[str, Value]) -> Arguments:
-    return _read(type(arguments), json.dumps(asdict(arguments) | changes), "changed arguments")
-
-
-def check_numbers(config: Any) -> None:
-    """Raise a `ValueError` if a number of a configuration is too large for 64 bits, or not finite."""
-    for name, value in _numbers(config):
-        if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise ValueError(f"{name} must be from -2**63 to 2**63 - 1, got {shown(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-
-
-def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    for part in fields(config):
-        value, name = getattr(config, part.name), path + part.name
-        if is_dataclass(value):
-            yield from _numbers(value, f"{name}.")
-        else:
-            yield from ((name, v) for v in (value if isinstance(value, tuple) else (value,)))
+            raise ValueError(f"{self.learner.tag} answers no stream; leave out `stream`")
 
 
 # --- as JSON ---
@@ -398,55 +347,38 @@ def _numbers(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def config_text(config: RunConfig) -> str:
     """A configuration as JSON."""
-    return json.dumps(asdict(config), indent=2) + "\n"
+    return json.dumps(asdict(config), indent=2, allow_nan=False) + "\n"
 
 
 def parse_config(text: str, source: str = "config.json") -> RunConfig:
-    """A configuration from JSON.
-
-    Raises:
-        ValueError: naming the first key that is unknown, ill-typed or there twice.
-    """
+    """A configuration from JSON; a ValueError names the first key that is unknown, ill-typed or there twice."""
     return _read(RunConfig, text, source)
 
 
-def parse_test(record: dict[str, Any], source: str) -> TestConfig:
-    """The test that a recorded evaluation is of.
-
-    Raises:
-        ValueError: naming the first key that is missing or ill-typed.
-    """
-    known_keys = {f.name for f in fields(TestConfig)} & record.keys()
-    about = {key: record[key] for key in known_keys} | {"split": str(record.get("split")).rpartition("/")[2]}
-    return _read(TestConfig, json.dumps(about), source)
+def load_config(folder: Path) -> RunConfig:
+    """The configuration of a run's folder."""
+    return parse_config(read_text(folder / "config.json"), str(folder / "config.json"))
 
 
-def load_config(path: Path) -> RunConfig:
-    """A configuration from a file."""
-    return parse_config(read_text(path), str(path))
+def parse_test(record: dict[str, Any]) -> TestConfig:
+    """The test that a recorded evaluation is of."""
+    said = {f.name: record[f.name] for f in fields(TestConfig) if f.name in record}
+    return _read(TestConfig, json.dumps(said | {"split": record["split"].rpartition("/")[2]}), str(record["name"]))
 
 
 def read_text(path: Path) -> str:
-    """What stands in a small file of text.
-
-    Raises:
-        ValueError: if there is no such file, or it is not one of ours.
-    """
+    """What stands in a small file of ours; a ValueError if there is none."""
     try:
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
-        if path.stat().st_size > LARGEST_FILE:
-            raise ValueError(f"{path} is larger than any file of its kind")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text") from None
+        if path.is_file() and path.stat().st_size <= _LARGEST_FILE:
+            return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    raise ValueError(f"cannot read {path}: it is {'too large' if path.is_file() else 'no file'}")
 
 
 def shown(value: object) -> str:
     """A value as an error repeats it: not more than 200 characters of it."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 2**200 else "a number of many digits"
+    text = repr(value)
     return text if len(text) <= 200 else text[:199] + "…"
 
 
@@ -464,11 +396,10 @@ def _read(cls: Any, text: str, source: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"the key {shown(twice)} is there twice")
-    return found
+    for i, (key, _) in enumerate(pairs):
+        if any(key == other for other, _ in pairs[:i]):
+            raise ValueError(f"the key {shown(key)} is there twice")
+    return dict(pairs)
 
 
 @cache
