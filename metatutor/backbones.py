@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from inspect import signature
 from itertools import pairwise
 from math import gcd
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class Described:
 
     arguments: dict[str, Any]
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         made = super().__new__(cls)
         bound = signature(cls.__init__).bind_partial(made, *args, **kwargs)
         bound.apply_defaults()
@@ -145,14 +145,14 @@ class MLP(Embedding):
         self.head = nn.Linear(widths[-1], n_outputs)
         self.head_prefix, self.embedding_size = "head.", widths[-1]
 
-    def embed(self, images: Float[Tensor, n * input], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
+    def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """What enters the last layer."""
         images = images.flatten(1)
         for layer in self.hidden:
             images = F.relu(layer(images))
         return images
 
-    def forward(self, images: Float[Tensor, n * input], n_support: int | None = None) -> Float[Tensor, "n output"]:
+    def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
         """Outputs of `n` inputs, each by itself."""
         return self.head(self.embed(images))
 
@@ -417,17 +417,17 @@ class Backbone(Embedding):
         """The last layer."""
         return self.module.get_submodule(self.head_name)
 
-    def forward(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n output"]:
+    def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
         """What the module makes of the images, which layers like batch normalisation may make of all of them."""
         return self.module(images)
 
-    def embed(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
+    def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """What enters the last layer; what leaves the module if there is none."""
         if not self.head_name:
             return self.module(images).flatten(1)
         return self._seen(images, self.head, lambda inputs, _: inputs[0]).flatten(1)
 
-    def features(self, images: Float[Tensor, n * image], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
+    def features(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the layer that `features` names."""
         if self.feature_name is None:
             return super().features(images)

@@ -85,8 +85,8 @@ class Evaluation:
         return f"{100 * means[at - 1]:.1f} ± {100 * widths[at - 1]:.1f}%"
 
     def _lists(self) -> tuple[list[float], list[float]]:
-        means, widths = (value if isinstance(value, list) else [value] for value in (self.mean, self.ci95))
-        return means, widths
+        single = not isinstance(self.mean, list)
+        return ([self.mean], [self.ci95]) if single else (self.mean, self.ci95)  # pyright: ignore[reportReturnType]
 
     def record(self) -> dict[str, Any]:
         """What is written to `evaluations.json`: the means under the name of the metric."""

@@ -45,6 +45,8 @@ class Learner(Described, nn.Module, ABC):
         ways: how many classes a task must have; None: any number.
         normalization: the policy of its network (see `ConvNet`), or `"none"`.
         transductive: whether the answer for one query image may depend on the other query images.
+        exact_gradient: whether the gradient of `meta_loss` is that of its value; not if a method leaves a part of it
+            out, or puts another in its place, on purpose.
 
     Example:
         >>> class AlwaysTheFirst(Learner):
@@ -65,6 +67,7 @@ class Learner(Described, nn.Module, ABC):
     ways: int | None = None
     normalization: str = "none"
     transductive: bool = False
+    exact_gradient: bool = True
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int | None:

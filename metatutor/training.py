@@ -270,7 +270,7 @@ def _step(
     parameters = [p for p in learner.parameters() if p.grad is not None]
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            parameter.grad = _mean(accelerator, parameter.grad)
+            parameter.grad = _mean(accelerator, parameter.grad)  # pyright: ignore[reportArgumentType]
         loss = _mean(accelerator, loss)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
     value = loss.item() if torch.isfinite(norm) else math.nan

@@ -80,6 +80,8 @@ class MetaNet(MemoryLearner):
         Munkhdalai & Yu (2017), algorithm 1 and equations 1 to 12.
     """
 
+    exact_gradient = False
+
     def __init__(
         self,
         network: nn.Module,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,7 @@ class Relation(EmbeddingLearner):
             raise ValueError(f"over_shots must be 'mean' or 'sum', got {over_shots!r}")
         self.by_squares, self.over_shots = objective == "mse" and loss is None, over_shots
         filters, size = _feature_size(self.network)
-        policy = next((p for p in NORMALIZATIONS if p == self.network.normalization), "group")
+        policy: Any = self.network.normalization if self.network.normalization in NORMALIZATIONS else "group"
         self.first, self.second = (ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
         self.hidden = nn.Linear(filters * (size // 4) ** 2, hidden)
         self.score = nn.Linear(hidden, 1)

@@ -70,8 +70,7 @@ class AdaptingLearner(NetworkLearner):
             raise ValueError(f"inner steps must not be negative, got {inner_steps} and {test_inner_steps}")
         self.inner_steps, self.test_inner_steps, self.fixed_head = inner_steps, test_inner_steps, fixed_head
         self.inner_loss: Loss = self.loss if inner_loss is None else inner_loss
-        if fixed_head:
-            self.head_names()  # fails if there is no head
+        self.moving = list(self.initial_parameters(1))
 
     @property
     def ways(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -82,6 +81,9 @@ class AdaptingLearner(NetworkLearner):
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
         """One output a class of a task."""
         return n_way
+
+    moving: list[str]
+    """The names of the parameters that the inner loop changes."""
 
     @abstractmethod
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:

@@ -66,6 +66,8 @@ class ImplicitMAML(AdaptingLearner):
         (1952).
     """
 
+    exact_gradient = False
+
     def __init__(
         self,
         network: nn.Module,

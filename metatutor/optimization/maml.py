@@ -109,7 +109,9 @@ class MAML(AdaptingLearner):
         )
         self.inner_lr, self.test_inner_lr, self.first_order = inner_lr, test_inner_lr, first_order
         self.learned_lr, self.multi_step_iterations, self.recompute = learned_lr, multi_step_iterations, recompute
-        self.moving = self.head_names() if adapt == "head" else list(self.initial_parameters(1))
+        self.exact_gradient = not first_order
+        if adapt == "head":
+            self.moving = self.head_names()
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))

@@ -53,6 +53,8 @@ class MetaLSTM(AdaptingLearner):
         Ravi & Larochelle (2017), section 3; preprocessing: Andrychowicz et al. (2016), appendix A.
     """
 
+    exact_gradient = False
+
     def __init__(
         self,
         network: nn.Module,

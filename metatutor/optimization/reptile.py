@@ -57,6 +57,7 @@ class Reptile(AdaptingLearner):
         Nichol, Achiam & Schulman (2018), algorithm 2; more shots in training and Adam: section 6.
     """
 
+    exact_gradient = False
     squares: Tensor
     filled: Tensor
 
@@ -98,9 +99,10 @@ class Reptile(AdaptingLearner):
     def after_step(self) -> None:
         """Leave Adam where the tasks, on the average, have left it."""
         if self._left:
-            n_tasks = sum(n for n, _, _ in self._left)
-            self.squares.copy_(sum(n * squares for n, squares, _ in self._left) / n_tasks)
-            self.filled.copy_(sum(n * filled for n, _, filled in self._left) / n_tasks)
+            sizes, squares, filled = zip(*self._left, strict=True)
+            shares = torch.tensor(sizes).to(self.filled) / sum(sizes)
+            self.squares.copy_(shares @ torch.stack(squares))
+            self.filled.copy_(shares @ torch.stack(filled))
             self._left.clear()
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:

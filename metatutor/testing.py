@@ -1,0 +1,312 @@
+"""The contract of a `Learner` as a test, for our methods and anybody's, in the spirit of scikit-learn's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metatutor.episodes import Episode
+from metatutor.evaluation import is_transductive
+from metatutor.learner import Learner
+
+Check = Callable[[Learner, Episode], None]
+_ROUNDING = 1e-6  # of float64 logits, relative
+
+
+class ContractError(AssertionError):
+    """A learner breaks its contract; the message begins with the name of the check."""
+
+
+def check_learner(learner: Learner, *, image_shape: tuple[int, ...] | None = None) -> None:
+    """Check that a learner keeps the contract that training and evaluation rely on.
+
+    Each check asks a copy of it, in float64, about random tasks:
+
+    - it answers in `[task, query, way]`, the same with and without gradients, and reads no query labels;
+    - its answers depend on the support labels; permuted queries permute them; tasks side by side are tasks one by one;
+    - it is transductive or not as it declares, and takes the ways that it declares, and any number of shots;
+    - answering and `meta_loss` leave nothing behind; `meta_loss` asked twice is twice the same;
+    - the gradient of `meta_loss` is that of its value, unless `exact_gradient` says otherwise;
+    - of a network that adapts, what is said to move moves, and the rest stays;
+    - copies, pickles, `state_dict` and moves to another device keep it as it is.
+
+    Args:
+        learner: any; it is not changed.
+        image_shape: of the images; default: that of its network, or 1×28×28.
+
+    Raises:
+        ContractError: at the first check that fails, which it names.
+
+    Example:
+        >>> from metatutor import ConvNet, Prototypical
+        >>> check_learner(Prototypical(ConvNet(filters=4)))
+    """
+    shape = image_shape or getattr(getattr(learner, "network", None), "image_shape", (1, 28, 28))
+    for check in CHECKS:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            asked = copy.deepcopy(learner).double().eval()
+            check(asked, random_episode(shape, n_way=learner.ways or 3))
+
+
+def random_episode(
+    image_shape: tuple[int, ...], *, n_tasks: int = 2, n_way: int = 3, k_shot: int = 2, n_query: int = 2
+) -> Episode:
+    """Tasks of random images in float64, in random order: those of a class are noisy copies of one image."""
+    classes = torch.rand(n_tasks, n_way, *image_shape, dtype=torch.float64)
+
+    def drawn(shots: int) -> tuple[Tensor, Tensor]:
+        labels = torch.stack([torch.randperm(n_way * shots) % n_way for _ in range(n_tasks)])
+        images = classes[torch.arange(n_tasks)[:, None], labels]
+        return 0.7 * images + 0.3 * torch.rand_like(images), labels
+
+    return Episode(*drawn(k_shot), *drawn(n_query), n_way=n_way)
+
+
+# --- answers ---
+
+
+def answers_in_shape(learner: Learner, episode: Episode) -> None:
+    logits = learner(episode)
+    expected = (*episode.query_images.shape[:2], episode.n_way)
+    _demand(tuple(logits.shape) == expected, f"logits must be {expected}, got {tuple(logits.shape)}")
+    _demand(bool(logits.isfinite().all()), "logits must be finite")
+
+
+def the_same_without_gradients(learner: Learner, episode: Episode) -> None:
+    with torch.no_grad():
+        without = learner(episode)
+    _same(without, learner(episode), "answers under torch.no_grad() differ from those with gradients")
+
+
+def query_labels_are_not_read(learner: Learner, episode: Episode) -> None:
+    logits = learner(episode)
+    others = replace(episode, query_labels=(episode.query_labels + 1) % episode.n_way)
+    _same(learner(others), logits, "other query labels changed the answers: they leak")
+    _same(learner(replace(episode, query_labels=None)), logits, "without query labels the answers differ")
+
+
+def support_labels_are_read(learner: Learner, episode: Episode) -> None:
+    others = replace(episode, support_labels=(episode.support_labels + 1) % episode.n_way)
+    changed = (learner(others) - learner(episode)).abs().max()
+    _demand(bool(changed > 0), "other support labels change no answer: nothing is learned from them")
+
+
+def permuted_queries_permute_the_answers(learner: Learner, episode: Episode) -> None:
+    order = torch.randperm(episode.query_images.shape[1])
+    permuted = replace(episode, query_images=episode.query_images[:, order], query_labels=None)
+    _same(learner(permuted), learner(episode)[:, order], "the order of the queries matters")
+
+
+def tasks_do_not_meet(learner: Learner, episode: Episode) -> None:
+    one_by_one = torch.cat([learner(task) for task in episode])
+    _same(learner(episode), one_by_one, "tasks side by side are answered otherwise than one by one")
+
+
+def transductive_as_declared(learner: Learner, episode: Episode) -> None:
+    measured = is_transductive(learner, episode)
+    _demand(
+        measured == learner.transductive,
+        f"declares transductive = {learner.transductive}, but another query image "
+        f"{'changes' if measured else 'does not change'} the answer for the first one",
+    )
+
+
+def ways_as_declared(learner: Learner, episode: Episode) -> None:
+    shape = tuple(episode.query_images.shape[2:])
+    for k_shot in (1, 3):
+        answers_in_shape(learner, random_episode(shape, n_way=episode.n_way, k_shot=k_shot))
+    other = random_episode(shape, n_way=episode.n_way + 1)
+    if learner.ways is None:
+        answers_in_shape(learner, other)
+        return
+    try:
+        learner(other)
+    except ValueError:
+        return
+    raise ContractError(f"ways_as_declared: made for {learner.ways} ways, it must refuse {other.n_way} by a ValueError")
+
+
+# --- learning ---
+
+
+def meta_loss_is_pure(learner: Learner, episode: Episode) -> None:
+    if not _learns(learner, episode):
+        return
+    episode = _training_episode(learner, episode)
+    before = _state(learner)
+    losses = [_loss(learner, episode) for _ in range(2)]
+    losses[0].backward()
+    losses.append(_loss(learner, episode))
+    _demand(losses[0].dim() == 0 and bool(losses[0].isfinite()), "meta_loss must be a finite scalar")
+    _demand(losses[0].item() == losses[1].item() == losses[2].item(), "asked twice, meta_loss gives two answers")
+    _unchanged(before, learner, "meta_loss")
+
+
+def gradients_as_declared(learner: Learner, episode: Episode) -> None:
+    """A central difference along a random direction."""
+    if not learner.learns:
+        return
+    episode = _training_episode(learner, episode)
+    parameters = list(learner.meta_parameters().values())
+    gradients = torch.autograd.grad(_loss(learner, episode), parameters, allow_unused=True)
+    _demand(any(g is not None and bool(g.any()) for g in gradients), "meta_loss has no gradient in any meta-parameter")
+    if not learner.exact_gradient:
+        return
+    directions = [torch.randn_like(p) for p in parameters]
+    pairs = zip(gradients, directions, strict=True)
+    expected = sum((g * d).sum().item() for g, d in pairs if g is not None)
+    with _moved(parameters, directions, 1e-6):
+        above = _loss(learner, episode).item()
+    with _moved(parameters, directions, -1e-6):
+        below = _loss(learner, episode).item()
+    found = (above - below) / 2e-6
+    _demand(
+        abs(found - expected) <= 1e-3 * (abs(expected) + 1e-2),
+        f"the gradient of meta_loss says {expected:.6g} along a direction, finite differences say {found:.6g}; if that "
+        "is meant, set exact_gradient = False",
+    )
+
+
+def what_adapts_moves(learner: Learner, episode: Episode) -> None:
+    adapt, moving = getattr(learner, "adapt", None), getattr(learner, "moving", None)
+    if adapt is None or moving is None or (not getattr(learner, "test_inner_steps", None) and not learner.inner_steps):
+        return
+    network: Any = learner.network
+    prefix = network.head_prefix
+    for name, adapted in adapt(episode).items():
+        change = (adapted - network.get_parameter(name)).abs().amax(dim=tuple(range(1, adapted.dim())))
+        if name not in moving:
+            _demand(not bool(change.any()), f"{name} is not said to adapt, but it moved")
+        elif prefix and name.startswith(prefix):
+            _demand(bool(change.all()), f"{name} is said to adapt, but it did not move")
+
+
+# --- what stays ---
+
+
+def nothing_is_left_behind(learner: Learner, episode: Episode) -> None:
+    other = random_episode(tuple(episode.query_images.shape[2:]), n_way=episode.n_way)
+    before, first = _state(learner), learner(episode)
+    learner(other)
+    _same(learner(episode), first, "another episode in between changed the answers")
+    _unchanged(before, learner, "forward")
+
+
+def copies_are_alike(learner: Learner, episode: Episode) -> None:
+    logits = learner(episode)
+    _same(copy.deepcopy(learner)(episode), logits, "a deep copy answers otherwise")
+    _same(pickle.loads(pickle.dumps(learner))(episode), logits, "a pickled copy answers otherwise")
+    another = copy.deepcopy(learner)
+    with torch.no_grad():
+        for parameter in another.parameters():
+            parameter.add_(1)
+    another.load_state_dict(learner.state_dict())
+    _same(another(episode), logits, "state_dict does not hold all that was learned")
+
+
+def devices_are_alike(learner: Learner, episode: Episode) -> None:
+    logits = learner.float()(episode.to(torch.float32))
+    for device in ("cuda",) if torch.cuda.is_available() else ():
+        moved = learner.to(device)(episode.to(torch.float32).to(device)).cpu()
+        _demand(torch.allclose(moved, logits, rtol=1e-2, atol=1e-2), f"on {device} it answers otherwise")
+    answers_in_shape(learner.cpu(), episode.to(torch.float32))
+
+
+CHECKS: tuple[Check, ...] = (
+    answers_in_shape,
+    the_same_without_gradients,
+    query_labels_are_not_read,
+    support_labels_are_read,
+    permuted_queries_permute_the_answers,
+    tasks_do_not_meet,
+    transductive_as_declared,
+    ways_as_declared,
+    meta_loss_is_pure,
+    gradients_as_declared,
+    what_adapts_moves,
+    nothing_is_left_behind,
+    copies_are_alike,
+    devices_are_alike,
+)
+
+
+# --- help ---
+
+
+def _demand(condition: bool, message: str) -> None:
+    if not condition:
+        raise ContractError(f"{_check_name()}: {message}")
+
+
+def _check_name() -> str:
+    import inspect
+
+    names = {check.__name__ for check in CHECKS}
+    return next((frame.function for frame in inspect.stack() if frame.function in names), "check_learner")
+
+
+def _same(found: Tensor, expected: Tensor, message: str) -> None:
+    scale = 1 + expected.abs().max()
+    _demand(bool((found - expected).abs().max() <= _ROUNDING * scale), message)
+
+
+def _loss(learner: Learner, episode: Episode) -> Tensor:
+    """The meta-loss in training mode, with the same dropout every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return learner.train().meta_loss(episode)
+
+
+def _learns(learner: Learner, episode: Episode) -> bool:
+    if learner.learns:
+        return True
+    try:
+        learner.meta_loss(episode)
+    except ValueError:
+        return False
+    raise ContractError("meta_loss_is_pure: it says that it learns nothing, so meta_loss must raise a ValueError")
+
+
+def _training_episode(learner: Learner, episode: Episode) -> Episode:
+    """Episodes as they are, or a mini-batch of all classes for a learner that is pretrained like a classifier."""
+    if learner.trains_on == "episodes":
+        return episode
+    network: Any = learner.network
+    labels = torch.randint(network.n_outputs, episode.query_images.shape[:2])
+    return Episode(episode.support_images[:, :0], labels[:, :0], episode.query_images, labels, n_way=network.n_outputs)
+
+
+def _state(learner: Learner) -> dict[str, Tensor]:
+    """Parameters and buffers, without the running statistics that a network keeps in training."""
+    running = {
+        f"{path}.{name}"
+        for path, layer in learner.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._NormBase)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    return {name: tensor.clone() for name, tensor in learner.state_dict().items() if name not in running}
+
+
+def _unchanged(before: dict[str, Tensor], learner: Learner, by: str) -> None:
+    after = _state(learner)
+    changed = [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
+    _demand(not changed, f"{by} changed {', '.join(changed)}")
+
+
+@contextmanager
+def _moved(parameters: list[nn.Parameter], directions: list[Tensor], by: float) -> Iterator[None]:
+    with torch.no_grad():
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.add_(direction, alpha=by)
+    yield
+    with torch.no_grad():
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.sub_(direction, alpha=by)
