@@ -28,7 +28,7 @@ from metatutor.learner import Learner, load_parameters
 HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
 CHECKPOINT = "checkpoint.pt"
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-_MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
+MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
@@ -387,7 +387,7 @@ class _State:
             parts = [state[name] for name in ("learner", "optimizer", "scheduler", "sampler", "torch")]
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
-        changed = [k for k, v in asdict(self.config).items() if k not in _MAY_CHANGE and config.get(k) != v]
+        changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
