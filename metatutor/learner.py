@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -159,6 +159,17 @@ class Learner(Described, nn.Module, ABC):
         finally:
             self.train(was_training)
         return [names[i] for i in answers.tolist()]
+
+    def with_arguments(self, **changes: Any) -> Self:
+        """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
+
+        Raises:
+            ValueError: if what was learned does not fit the other arguments.
+        """
+        network = {"network": self.network} if hasattr(self, "network") else {}
+        made = type(self)(**network, **(self.arguments | changes))
+        load_parameters(made, self.state_dict(), "the learner")
+        return made.eval()
 
     def save(self, path: Path | str) -> None:
         """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle."""

@@ -172,6 +172,15 @@ def test_files_that_are_something_else(tmp_path: Path):
         load(path)
 
 
+def test_the_same_with_other_arguments():
+    learner = MAML(ConvNet(3, filters=4), inner_steps=2, learned_lr="layer").train()
+    more = learner.with_arguments(test_inner_steps=5)
+    assert (more.test_inner_steps, more.inner_steps, more.training, learner.training) == (5, 2, False, True)
+    assert more.network is learner.network and torch.equal(more.rates[0], learner.rates[0])
+    with pytest.raises(ValueError, match="holds another architecture: 'rates.0' is"):
+        learner.with_arguments(learned_lr="parameter")
+
+
 # --- losses of one's own ---------------------------------------------------------------------------------------
 
 
