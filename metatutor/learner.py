@@ -6,7 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +160,7 @@ class Learner(Described, nn.Module, ABC):
             self.train(was_training)
         return [names[i] for i in answers.tolist()]
 
-    def with_arguments(self, **changes: Any) -> Self:
+    def with_arguments(self, **changes: Any) -> Any:
         """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
 
         Raises:
