@@ -40,6 +40,7 @@ test: lint types unit notebooks ## check style and types, run all tests and ever
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(STRIP) --verify $(NOTEBOOKS)
 
 types: $(INSTALLED)
