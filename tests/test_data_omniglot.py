@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -29,6 +31,7 @@ from metatutor.data import omniglot as module
 from metatutor.data.omniglot import DownloadError, Omniglot, _Part, download, info, one_shot_runs, verify
 from metatutor.episodes import EpisodeSampler, EpisodeSpec
 
+OFFICIAL = module._OFFICIAL  # before a test replaces it
 REAL = os.environ.get("METATUTOR_DATA")
 needs_omniglot = pytest.mark.skipif(not REAL, reason="set METATUTOR_DATA to a folder with the real Omniglot")
 CHARACTERS = {
@@ -169,6 +172,17 @@ def serve(folder: Path, handler: type[SimpleHTTPRequestHandler] = SimpleHTTPRequ
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """Sends and sends, and never says how much it will be."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(bytes(1 << 16))
 
 
 class Truncating(SimpleHTTPRequestHandler):
@@ -335,6 +349,65 @@ def test_files_that_are_no_drawings_are_no_matter(root, archives, parts):
     assert verify(root, parts=parts).characters == 5
 
 
+@pytest.mark.parametrize("read", [Omniglot.load, verify, info, download])
+@pytest.mark.parametrize(
+    ("place", "finding"),
+    [
+        ("~nobody-here", r"is ~nobody-here: there is no such user"),
+        ("x" * 300, r"cannot read x+.*: .*[Nn]ame too long"),
+        ("x/" * 3000, r"cannot read x/.* … .*: .*[Nn]ame too long"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named(parts, monkeypatch, read, place, finding):
+    monkeypatch.setenv("METATUTOR_DATA", place)
+    for root in (place, None):
+        with pytest.raises(ValueError, match=finding) as caught:
+            read(root, parts=parts)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("place", ["~nobody-here", "x" * 300])
+def test_a_cache_that_cannot_be_is_named(root, parts, monkeypatch, place):
+    monkeypatch.setenv("METATUTOR_CACHE", place)
+    for read in (Omniglot.load, info):
+        with pytest.raises(ValueError, match=r"METATUTOR_CACHE"):
+            read(root, parts=parts)
+
+
+def test_what_may_not_be_read_is_named(root, archives, parts, monkeypatch):
+    """Permissions do not bind everybody, root for one."""
+    unpack(archives["images_background"], root)
+    (root / "images_background.zip").unlink()
+    scandir, opening = os.scandir, Path.open
+
+    def refuse(path: Path | str, *args: str) -> object:
+        if "Greek" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return (opening if args else scandir)(path, *args)
+
+    for owner, name in ((os, "scandir"), (Path, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(
+                ValueError, match=r"cannot read .*Greek.*: Permission denied; make it readable"
+            ) as caught:
+                verify(root, parts=parts)
+            assert caught.type is ValueError and "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [verify, info])
+@pytest.mark.parametrize("content", [b"", None])
+def test_damaged_runs_beside_the_rest_are_not_passed_over(root, parts, runs, read, content):
+    path = root / "all_runs.zip"
+    write_zip(path, runs)
+    assert path in read(root, parts=parts).sources
+    write_zip(path, {name: text for name, text in runs.items() if name.endswith("txt")})
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"all_runs\.zip is damaged or incomplete: (not a complete zip|0 folders)"):
+        read(root, parts=parts)
+
+
 def test_messages_are_one_line(tmp_path, root, parts):
     (root / "images_background.zip").write_bytes(b"\n")
     for place in (tmp_path / "nowhere", root):
@@ -403,6 +476,21 @@ def flip(content: bytes) -> bytes:
     return content[:-1000] + bytes([content[-1000] ^ 0xFF]) + content[-999:]
 
 
+def flip_each(content: bytes) -> Iterator[bytes]:
+    """One bit in every part of the file: numbers, names, pixels."""
+    for i in [*range(0, 300, 41), *range(len(content) - 1, len(content) - 1500, -127)]:
+        yield content[:i] + bytes([content[i] ^ 0x10]) + content[i + 1 :]
+
+
+def test_a_flipped_bit_in_the_cache_changes_nothing(tmp_path, root, load):
+    first = load(root)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for damaged in flip_each(cache.read_bytes()):
+        cache.write_bytes(damaged)
+        again = load(root)
+        assert torch.equal(again.images, first.images) and again.names == first.names
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, lambda _: b"", lambda _: b"nonsense" * 99])
 def test_a_damaged_cache_is_made_again(tmp_path, root, load, damage):
     expected = load(root).images
@@ -448,6 +536,25 @@ def test_a_read_only_cache_folder_still_serves_what_it_holds(tmp_path, root, loa
         assert len(load(root).names) == 5
     finally:
         (tmp_path / "cache").chmod(stat.S_IRWXU)
+
+
+def test_what_a_killed_process_left_in_the_cache_goes(tmp_path, root, load, monkeypatch):
+    names = []
+
+    def kill(*_: object) -> None:
+        names.extend(path.name for path in (tmp_path / "cache").iterdir())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_ink", kill)
+        load(root)
+    (name,) = names
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    for i in range(8):
+        (tmp_path / "cache" / re.sub(r"-\d+-\w{8}\.tmp$", f"-{dead.pid}-{i:08}.tmp", name)).touch()
+    load(root)
+    assert len(files(tmp_path / "cache")) == 1
 
 
 def test_interrupted_decoding_leaves_no_cache(tmp_path, root, load, monkeypatch):
@@ -526,6 +633,30 @@ def test_half_a_download_leaves_nothing_behind(tmp_path, root, parts, monkeypatc
         with pytest.raises(DownloadError, match=rf"{url}/images_background\.zip \({reason}"):
             download(tmp_path / "new", parts=parts)
     assert files(tmp_path / "new") == []
+
+
+def test_an_endless_mirror_fills_no_disk(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(module, "_ZIP_BYTES", 1_000_000)
+    with serve(tmp_path, Endless) as url:
+        monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", url)
+        with pytest.raises(DownloadError, match=rf"{url}/images_background\.zip \(more than 1,000,000 bytes\)"):
+            download(tmp_path / "new", parts=parts)
+    assert files(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(
+    "mirror", ["http://[", "no-address", "ftp://127.0.0.1", "http://.example.com", "http://\x1b[2J"]
+)
+def test_an_address_that_is_none_is_named(tmp_path, parts, monkeypatch, mirror):
+    monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", mirror)
+    with pytest.raises(DownloadError) as caught:
+        download(tmp_path / "new", parts=parts)
+    message = str(caught.value)
+    assert message.isprintable() and mirror.replace("\x1b", "?") + "/images_background.zip (" in message
+
+
+def test_the_official_address_is_torchvisions():
+    assert torchvision.datasets.Omniglot.download_url_prefix == OFFICIAL
 
 
 def test_a_mirror_with_other_pixels_is_passed_over(tmp_path, root, archives, parts, monkeypatch):
@@ -677,6 +808,27 @@ def test_runs_are_downloaded_like_the_rest(tmp_path, root, parts, runs, monkeypa
         download(tmp_path / "new", runs=True, parts=parts)
     assert "omniglot-py/all_runs.zip" in files(tmp_path / "new")
     assert len(one_shot_runs(tmp_path / "new")) == 20
+
+
+# --- what is imported, and when ---
+
+
+def test_what_a_reader_may_never_need_is_imported_where_it_is_used():
+    program = """
+import sys, types
+package = types.ModuleType("metatutor")
+package.__path__ = sys.argv[1:]  # without what `metatutor` itself imports
+sys.modules["metatutor"] = package
+import torch
+before = set(sys.modules)
+import metatutor.data
+print(*({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    command = [sys.executable, "-c", program, str(Path(module.__file__).parents[1])]
+    imported = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert "metatutor" in imported
+    assert not imported & {"PIL", "pooch", "requests", "torchvision", "platformdirs", "psutil", "tqdm", "safetensors"}
+    assert not imported & {"fcntl", "resource", "pwd"}, "Windows has none"
 
 
 # --- reports ---

@@ -1,8 +1,9 @@
-"""Files are replaced whole, and killed writers leave nothing for good."""
+"""Files are replaced whole and read within bounds, and killed writers leave nothing for good."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from threading import Barrier
 import pytest
 
 from metatutor import files
-from metatutor.files import replacing
+from metatutor.files import expanded, one_line, replacing
 
 # Programs of other processes; they import the file alone, without the package and torch.
 KILLED = """
@@ -68,13 +69,35 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
 
-def test_a_missing_folder_is_an_os_error(tmp_path):
-    with pytest.raises(FileNotFoundError), replacing(tmp_path / "nowhere" / "file"):
+def test_a_missing_folder_is_made(tmp_path):
+    with replacing(tmp_path / "new" / "folder" / "file"):
+        pass
+    assert names(tmp_path / "new" / "folder") == ["file"]
+
+
+def test_what_cannot_be_written_is_said_in_one_line(tmp_path):
+    (tmp_path / "in\nthe way").touch()
+    with pytest.raises(ValueError) as caught, replacing(tmp_path / "in\nthe way" / "file", " (try CACHE)"):
         pytest.fail("nothing can be written there")
+    assert re.fullmatch(
+        r"cannot write file in .*in\?the way \(.+\); make that folder writable, with space to spare, or choose another "
+        r"one \(try CACHE\); nothing was changed",
+        str(caught.value),
+    )
+    with pytest.raises(ValueError, match="cannot write x"), replacing(tmp_path / ("x" * 300)):
+        pass
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ValueError, match=r"cannot write file .*\(No space left on device\)"), replacing(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
 
 def test_what_killed_writers_left_goes_with_the_next_write(tmp_path):
-    path = tmp_path / "[odd] name*"
+    path = tmp_path / "[odd] name"
     for _ in range(2):
         assert killed(path)
     assert len(names(tmp_path)) == 1, "the second found what the first left"
@@ -136,3 +159,33 @@ def test_many_writers_at_once_leave_one_whole_file(tmp_path):
     text = path.read_text()
     assert text == text[0] * 100_000
     assert names(tmp_path) == ["file"]
+
+
+# --- messages, names, folders ---
+
+
+def test_a_message_is_one_line_of_bounded_length():
+    assert one_line("Grüße – 字, a\nb\x1b[31m") == "Grüße – 字, a?b?[31m"
+    message = one_line("what " + "x" * 10**6 + " to do")
+    assert len(message) == 2000 and message.startswith("what ") and message.endswith(" to do")
+
+
+def test_a_home_of_nobody_is_named():
+    assert expanded("~", "SOMEWHERE") == Path.home()
+    with pytest.raises(ValueError, match=r"SOMEWHERE is ~nobody-here/data: there is no such user"):
+        expanded("~nobody-here/data", "SOMEWHERE")
+
+
+def test_folders_are_listed_up_to_a_bound(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    assert len(files.entries(tmp_path)) == 4
+    monkeypatch.setattr(files, "_MOST_FILES", 3)
+    with pytest.raises(ValueError, match="more than 3 files"):
+        files.entries(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_not_empty(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        files.entries(tmp_path / "nowhere")

@@ -111,14 +111,19 @@ def _locate(root: Path | str | None, part: _Part, download: bool) -> Path:
     if download and not origin:
         return _fetch(folder, part)
     with _reading(folder):
-        held = [path.name + "/" * path.is_dir() for path in folder.iterdir()] if folder.exists() else ["no such folder"]
-    found = ", ".join(sorted(held)[:8]) or "an empty folder"
+        held = sorted(map(_kind, folder.iterdir())) if folder.exists() else ["no such folder"]
+    found = ", ".join(held[:8]) or "an empty folder"
     name, command = part.name, "" if part == _RUNS else f" (`metatutor data download --data {folder}` does)"
     message = (
         f"{folder} ({origin or 'the cache'}) does not hold {name}: expected {name}.zip or a folder {name}, there or in "
         f"omniglot-py; found {found}; put {_urls(part)[0]} there{command}, or name another folder in METATUTOR_DATA"
     )
     raise ValueError(one_line(message))
+
+
+def _kind(path: Path) -> str:
+    """The name of what lies in a folder, and what it is if not a file."""
+    return path.name + ("" if path.is_file() else "/" if path.is_dir() else " (no regular file)")
 
 
 def _urls(part: _Part) -> list[str]:
