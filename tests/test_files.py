@@ -137,7 +137,7 @@ def test_temporary_files_of_other_machines_are_left_for_an_hour(tmp_path):
     new, old = (tmp_path / f"file.00000000-{number}-01234567.tmp" for number in (1, 2))
     for file, age in ((new, 600), (old, 6000)):
         file.touch()
-        os.utime(file, (time.time() - age,) * 2)
+        os.utime(file, (time.time() - age, time.time() - age))
     with replacing(tmp_path / "file"):
         pass
     assert names(tmp_path) == ["file", new.name]

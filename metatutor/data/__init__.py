@@ -18,22 +18,12 @@ def load_characters(root: Path | str | None = None, *, rotations: bool = True) -
     runs, so that their meta-test classes are meta-test classes here. Only a failed download leads to Strokes: data that
     somebody named and that are not there, or are damaged, remain an error.
 
-    Args:
-        root: where Omniglot lies (see `Omniglot.load`).
-        rotations: whether turned characters are classes of their own.
-
     Returns:
-        `"Omniglot"` or `"Strokes"`, for titles and captions, and the splits.
+        `"Omniglot"` or `"Strokes"`, for titles and captions, and the splits; with `rotations`, turned characters are
+        classes of their own.
 
     Raises:
         ValueError: if the place that `root` or METATUTOR_DATA names does not hold Omniglot, or not whole.
-
-    Example:
-        >>> name, splits = load_characters()  # doctest: +SKIP
-        Omniglot: 1623 characters, 20 drawings of each; split random-0.
-
-    Reference:
-        Lake, Salakhutdinov and Tenenbaum (2015); the split: Finn, Abbeel and Levine (2017), section 5.2.
     """
     try:
         characters, name, why = Omniglot.load(root), "Omniglot", ""

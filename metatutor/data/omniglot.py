@@ -479,10 +479,10 @@ class Info:
     """What a copy of Omniglot holds, and the file in which its decoded pixels are kept.
 
     Example:
-        >>> print(Info(50, 1623, 32460, (Path("omniglot-py"),), Path("omniglot.safetensors"), 25_000_000))
+        >>> print(Info(50, 1623, 32460, (Path("omniglot-py"),), Path("omniglot.npz"), 25_000_000))
         50 alphabets, 1,623 characters, 32,460 drawings
           from omniglot-py
-          kept in omniglot.safetensors (25.0 MB)
+          kept in omniglot.npz (25.0 MB)
     """
 
     alphabets: int
@@ -554,5 +554,6 @@ def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequenc
     cache = _cache_file(sources, parts, image_size)
     n_characters, n_drawings = omniglot.images.shape[:2]
     counts = len(omniglot.alphabets), n_characters, n_characters * n_drawings
+    _intact_runs(root)
     with _reading(cache):
-        return Info(*counts, (*sources, *_intact_runs(root)), cache, cache.stat().st_size)
+        return Info(*counts, tuple(sources), cache, cache.stat().st_size)
