@@ -49,7 +49,7 @@ types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --numprocesses auto --durations=10
 
 notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show is kept for the book
 
