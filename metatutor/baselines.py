@@ -127,13 +127,12 @@ class Scratch(_Untrained, NetworkLearner):
 
     def initial_parameters(self, episode: Episode) -> Parameters:
         """The random parameters that every task starts from, `[task, ...]` by name."""
-        device = episode.support_images.device
         drawn = []
         for images in episode.support_images:
             pixels = images.mul(255).round().int().cpu().numpy().tobytes()
             generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
             drawn.append(_draw(self.network, generator))
-        return {name: torch.stack([of_task[name] for of_task in drawn]).to(device) for name in drawn[0]}
+        return {name: torch.stack([of_task[name] for of_task in drawn]).to(episode.support_images) for name in drawn[0]}
 
 
 def _draw(network: Network, generator: torch.Generator) -> Parameters:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metatutor.allocator import keep_freed_memory_once
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.learner import Learner
 
@@ -185,6 +186,7 @@ def evaluate(
     """
     if n_episodes < 2:
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
+    keep_freed_memory_once()
     sampler = classes.sampler(spec, seed=seed)
     values = scores(learner, sampler, n_episodes, stream=stream, tasks_per_batch=tasks_per_batch)
     first = classes.sampler(spec, seed=seed).sample(1)

@@ -121,8 +121,8 @@ class AdaptingLearner(NetworkLearner):
         if not episode.query_labels.is_floating_point():
             return super().measure(episode, stream=stream)
         path = self.adaptation_path(episode)
-        errors = [(self.query_logits(episode, p) - episode.query_labels).double().pow(2).mean((1, 2)) for p in path]
-        return torch.stack(errors, dim=1)
+        errors = [(self.query_logits(episode, p) - episode.query_labels).cpu().double() for p in path]
+        return torch.stack([error.pow(2).mean((1, 2)) for error in errors], dim=1)
 
     def tasks_at_once(self, episode: Episode) -> int:
         """On a GPU all, on a CPU as many as fit its cache and memory."""
@@ -214,11 +214,14 @@ class AdaptingLearner(NetworkLearner):
 
     def check_ways(self, episode: Episode) -> None:
         """Raise a `ValueError` if an episode has other ways than the network has outputs."""
-        if self.ways not in (None, episode.n_way):
-            raise ValueError(
-                f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; "
-                f"{type(self).__name__} adapts one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
-            )
+        if self.ways in (None, episode.n_way):
+            return
+        if episode.support_labels.is_floating_point():
+            raise ValueError(f"the network has {self.ways} outputs but targets are of {episode.n_way} numbers each")
+        raise ValueError(
+            f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
+            f"one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
+        )
 
 
 def check_rate(inner_lr: float) -> None:

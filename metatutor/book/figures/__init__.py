@@ -4,17 +4,17 @@ Each function returns a figure that a notebook shows by naming it, as crisp SVG,
 size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
 """
 
-from metatutor.figures.concepts import families
-from metatutor.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
-from metatutor.figures.filling import filling_memory
-from metatutor.figures.images import adaptation, answers, characters, task
-from metatutor.figures.interactive import movable_plane
-from metatutor.figures.memory import attention_on_support, fast_weights, memory_steps, usage_over_time
-from metatutor.figures.metric import confusions, embedding, matrices, plane
-from metatutor.figures.optimization import beginnings, heat, journeys
-from metatutor.figures.shown import Shown, live, stepper, table
-from metatutor.figures.style import COLOURS, Picture
-from metatutor.figures.waves import adapting_wave, waves
+from metatutor.book.figures.concepts import families
+from metatutor.book.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
+from metatutor.book.figures.filling import filling_memory
+from metatutor.book.figures.images import adaptation, answers, characters, task
+from metatutor.book.figures.interactive import movable_plane
+from metatutor.book.figures.memory import attention_on_support, fast_weights, memory_steps, usage_over_time
+from metatutor.book.figures.metric import confusions, embedding, matrices, plane
+from metatutor.book.figures.optimization import beginnings, heat, journeys
+from metatutor.book.figures.shown import Shown, live, stepper, table
+from metatutor.book.figures.style import COLOURS, Picture
+from metatutor.book.figures.waves import adapting_wave, waves
 
 __all__ = [
     "COLOURS",

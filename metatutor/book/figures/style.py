@@ -60,12 +60,7 @@ P = ParamSpec("P")
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as SVG, whatever plotting backend is set, or none.
-
-    Example:
-        >>> Picture(figsize=(1, 1)).svg().startswith("<?xml")
-        True
-    """
+    """A figure that a notebook shows as SVG, whatever plotting backend is set, or none."""
 
     def svg(self) -> str:
         """The figure as SVG; the same figure, the same text."""

@@ -14,8 +14,20 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from metatutor.figures.images import stamp
-from metatutor.figures.style import BLUE, COLOURS, GREEN, GREY, ORANGE, PURPLE, RED, WIDTH, Picture, picture, styled
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    WIDTH,
+    Picture,
+    picture,
+    styled,
+)
 
 NOTICEABLE = 0.1  # a weight, summed over the heads
 PITCH = 0.17  # from bar to bar of an attention, where an image with its bars has a width of 1
@@ -51,10 +63,6 @@ def memory_steps(
 
     Raises:
         ValueError: if a step is not in the stream.
-
-    Example:
-        >>> weights = torch.eye(6, 9).view(6, 1, 9)
-        >>> figure = memory_steps(torch.randn(6, 9, 4), weights, weights, torch.rand(6, 9), steps=[0, 2, 5])
     """
     check_steps(steps, len(matrix))
     slots = chosen_slots(read_weights, write_weights, rows)
@@ -181,9 +189,6 @@ def usage_over_time(usage: Float[Tensor, "time slot"], write_weights: Weights) -
     Args:
         usage: of every slot after every image of one task.
         write_weights: of every head.
-
-    Example:
-        >>> figure = usage_over_time(torch.rand(6, 9), torch.eye(6, 9).view(6, 1, 9))
     """
     order = first_written(write_weights).argsort(stable=True)
     usage, written = usage[:, order], write_weights.sum(1)[:, order]
@@ -225,11 +230,6 @@ def attention_on_support(
         weights: its attention to every support image and, last, to itself: rows that add up to 1.
         names: of the blocks, four at most.
         query_label: its class; the support images of that class are marked.
-
-    Example:
-        >>> images, labels = torch.rand(5, 28, 28), torch.arange(5)
-        >>> weights = torch.rand(2, 6).softmax(-1)
-        >>> figure = attention_on_support(images, labels, images[0], weights, ["block 1", "block 2"], query_label=0)
     """
     columns, height = 5, 0.75 + PITCH * len(names)
     lines = -(-len(support_images) // columns)
@@ -291,10 +291,6 @@ def fast_weights(
         read: the sum of the matrices, weighted by the attention.
         attention: how much the query image takes of each, 0–1.
         query_image: what is asked.
-
-    Example:
-        >>> fast, images, attention = torch.randn(5, 5, 64), torch.rand(5, 28, 28), torch.full((5,), 0.2)
-        >>> figure = fast_weights(fast, images, torch.arange(5), fast.mean(0), attention, images[0])
     """
     tables, images = torch.cat([fast, read[None]]), torch.cat([support_images, query_image[None]])
     captions = [f"class {label}" for label in labels.tolist()] + ["query"]

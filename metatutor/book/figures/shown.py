@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.resources import files
+from string import Template
 from zlib import crc32
 
-from metatutor.figures.style import Picture
+from metatutor.book.figures.style import Picture
 
 
 class Shown(str):
@@ -24,6 +27,35 @@ class Shown(str):
 
     def _repr_markdown_(self) -> str | None:
         return self if self.startswith("|") else None
+
+
+class _Widget(Template):
+    """A page's piece whose gaps, `FILL_name`, are names to a linter of HTML, of CSS and of JavaScript."""
+
+    delimiter = "FILL_"
+    flags = re.NOFLAG
+
+
+def widget(name: str, **fill: object) -> Shown:
+    """A file of `widgets/`, each `FILL_name` in it replaced by the text of that name.
+
+    Args:
+        name: of the file, without `.html`.
+        fill: gap to text; HTML where HTML is to stand.
+
+    Returns:
+        HTML, which a notebook shows.
+
+    Raises:
+        KeyError: if there is no text for a gap.
+    """
+    text = files("metatutor.book").joinpath("widgets", f"{name}.html").read_text(encoding="utf-8")
+    return Shown(_Widget(text).substitute(fill).strip())
+
+
+def identity(kind: str, content: str) -> str:
+    """An id for a widget of a page: the same for the same content, another for another."""
+    return f"{kind}-{crc32(content.encode()):08x}"
 
 
 def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
@@ -69,13 +101,9 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
 
     Returns:
         HTML, which a notebook shows.
-
-    Example:
-        >>> "step 1" in stepper({"step 0": Picture(), "step 1": Picture()}, alt="An empty figure")
-        True
     """
     pictures = [base64.b64encode(picture.svg().encode()).decode() for picture in frames.values()]
-    name = f"steps-{crc32(''.join(pictures).encode()):08x}"
+    name = identity("steps", "".join(pictures))
     buttons = "".join(
         f'<input type="radio" name="{name}" id="{name}-{i}"{" checked" * (i == 0)}>'
         f'<label for="{name}-{i}">{escape(text)}</label>'
@@ -88,27 +116,9 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
     chosen = ",".join(
         f"#{name} input:nth-of-type({i}):checked~div img:nth-child({i})" for i in range(1, len(pictures) + 1)
     )
-    style = _STEPPER.replace("#it", f"#{name}") + chosen + "{display:block}"
-    body = f'<div id="{name}" role="radiogroup" aria-label="step">{buttons}<div>{images}</div></div>'
-    return Shown(f"<style>{style}</style>{body}")
-
-
-_STEPPER = """
-#it{max-width:28rem;margin:1rem 0}
-#it input{position:absolute;opacity:0}
-#it label{display:inline-block;cursor:pointer;padding:.3rem .8rem;margin:0 .3rem .5rem 0;border-radius:.5rem;
-border:1px solid var(--pst-color-border,#aaa)}
-#it input:checked+label{background:var(--pst-color-primary,#0072B2);color:var(--pst-color-background,#fff)}
-#it input:focus-visible+label{outline:3px solid var(--pst-color-primary,#0072B2);outline-offset:2px}
-#it img{display:none;width:100%;background:#fff}
-"""
+    return widget("steps", id=name, buttons=buttons, images=images, chosen=chosen)
 
 
 def live() -> bool:
-    """Whether somebody sits at this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build.
-
-    Example:
-        >>> live() in (True, False)
-        True
-    """
+    """Whether somebody sits at this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build."""
     return any(name in os.environ for name in ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID"))

@@ -9,8 +9,7 @@ from jaxtyping import Float
 from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
-from metatutor.evaluation import confidence95
-from metatutor.figures.style import (
+from metatutor.book.figures.style import (
     BLUE,
     COLOURS,
     DASHES,
@@ -23,6 +22,7 @@ from metatutor.figures.style import (
     picture,
     styled,
 )
+from metatutor.evaluation import confidence95
 
 Row = Mapping[str, float]
 
@@ -45,9 +45,6 @@ def lines(
         log_x: whether the horizontal axis is logarithmic.
         percent: whether the vertical values, fractions, are written as percentages.
         levels: name to height of thin horizontal lines, such as that of guessing.
-
-    Example:
-        >>> figure = lines({"MAML": ([0, 1, 2], [0.2, 0.9, 0.95])}, x="inner steps", y="accuracy")
     """
     figure = picture(3.2)
     axes = figure.subplots()
@@ -71,10 +68,6 @@ def slopes(
     Args:
         panels: title to horizontal values (ascending), vertical values, the place of the point, and name to slope.
         x, y: what the axes show, with the unit.
-
-    Example:
-        >>> w = torch.linspace(-1, 1, 21)
-        >>> figure = slopes({"a parabola": (w, w**2, 0.5, {"tangent": 1.0})}, x="w", y="loss")
     """
     figure = picture(2.7)
     for axes, (title, (xs, ys, at, lines_)) in zip(
@@ -99,10 +92,6 @@ def learning_curve(history: Sequence[Row], *, levels: Mapping[str, float] | None
     Args:
         history: rows as `metatutor.train` returns them.
         levels: name to height of thin lines among the accuracies, such as that of guessing.
-
-    Example:
-        >>> row = {"iteration": 1, "seconds": 1, "meta_loss": 1.6, "train_accuracy": 0.2, "validation_accuracy": 0.2}
-        >>> figure = learning_curve([row], levels={"guessing": 0.2})
     """
     figure = picture(4.2)
     above, below = figure.subplots(2, sharex=True, height_ratios=[2, 3])
@@ -126,9 +115,6 @@ def intervals(groups: Mapping[str, Mapping[str, tuple[float, float | None]]], *,
     Args:
         groups: group to method to accuracy (0–1) and half the width of its interval; None where there is none.
         x: what the axis shows.
-
-    Example:
-        >>> figure = intervals({"here": {"MAML": (0.95, 0.004)}, "published": {"MAML": (0.987, None)}})
     """
     rows = [len(group) + 0.7 for group in groups.values()]
     figure = picture(0.37 * sum(rows) + 0.4 * len(rows) + 0.3)
@@ -154,9 +140,6 @@ def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " n"]]]) -> Picture
 
     Args:
         panels: what the axis shows to layer to values; the same layers in each.
-
-    Example:
-        >>> figure = by_layer({"relative change": {"conv 1": torch.rand(8), "fully connected 1": torch.rand(8)}})
     """
     names = list(next(iter(panels.values())))
     figure = picture(0.36 * len(names) + 1)
@@ -190,9 +173,6 @@ def bands(
         x, y: what the axes show, with the unit.
         percent: whether the values are fractions, written as percentages.
         levels: name to height of thin horizontal lines, such as that of guessing.
-
-    Example:
-        >>> figure = bands({"CNN": torch.rand(3, 50)}, at=[1, 2, 5], x="shots", levels={"guessing": 0.2})
     """
     figure = picture(3.3)
     axes = figure.subplots()
@@ -223,9 +203,6 @@ def certainty(accuracies: Float[Tensor, " task"], n: int) -> Picture:
     Args:
         accuracies: one a task, 0–1.
         n: tasks in a measurement.
-
-    Example:
-        >>> figure = certainty(torch.rand(400), n=20)
     """
     figure = picture(5)
     above, below = figure.subplots(2, height_ratios=[2, 3])

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from metatutor.book.figures.style import BLUE, GREY, RED, WIDTH, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.style import BLUE, GREY, RED, WIDTH, Picture, colour_of, picture, styled
 
 
 @styled
@@ -20,9 +20,6 @@ def characters(rows: Mapping[str, Float[Tensor, "n h w"]]) -> Picture:
 
     Args:
         rows: title to images; all rows as long as the longest look best.
-
-    Example:
-        >>> figure = characters({"Omniglot": torch.rand(8, 28, 28), "Strokes": torch.rand(8, 28, 28)})
     """
     longest = max(len(images) for images in rows.values())
     figure = picture(len(rows) * (WIDTH / longest + 0.3))
@@ -43,10 +40,6 @@ def task(episode: Episode, index: int = 0) -> Picture:
     Args:
         episode: its first channel is drawn.
         index: which of its tasks.
-
-    Example:
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> figure = task(Episode(images, labels, images, labels, n_way=5))
     """
     support, query = episode.support_images[index, :, 0].cpu(), episode.query_images[index, :, 0].cpu()
     names, answers = episode.support_labels[index].tolist(), episode.query_labels[index].tolist()
@@ -69,11 +62,6 @@ def adaptation(episode: Episode, path: Float[Tensor, "step query way"], shown: S
         episode: its first task is drawn.
         path: predicted probabilities, before the first step and after each.
         shown: which query images.
-
-    Example:
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> path = torch.rand(4, 5, 5).softmax(-1)
-        >>> figure = adaptation(Episode(images, labels, images, labels, n_way=5), path, shown=[0, 2, 4])
     """
     figure = picture(0.52 * (len(path) + 1.4))
     axes = figure.subplots()
@@ -118,11 +106,6 @@ def answers(episode: Episode, probabilities: Float[Tensor, "query way"], shown: 
         episode: its first task is drawn.
         probabilities: predicted for the query images.
         shown: which query images.
-
-    Example:
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> episode = Episode(images, labels, images, labels, n_way=5)
-        >>> figure = answers(episode, torch.eye(5), shown=[0, 1, 2, 3, 4])
     """
     support, query = episode.support_images[0, :, 0].cpu(), episode.query_images[0, :, 0].cpu()
     labels, truth = episode.support_labels[0].tolist(), episode.query_labels[0].tolist()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.figures.style import COLOURS, DASHES, GREY, MARKERS, WIDTH, Picture, picture, styled
+from metatutor.book.figures.style import COLOURS, DASHES, GREY, MARKERS, WIDTH, Picture, picture, styled
 
 
 @styled
@@ -25,10 +25,6 @@ def beginnings(
         tasks: name to horizontal and vertical values.
         starts: method to a place on the horizontal axis.
         x, y: what the axes show, with the unit.
-
-    Example:
-        >>> w = torch.linspace(-1, 1, 21)
-        >>> figure = beginnings({"a task": (w, w**2)}, {"pretraining": 0.0}, x="w", y="loss")
     """
     figure = picture(2.4 + 0.33 * len(starts))
     above, below = figure.subplots(2, sharex=True, height_ratios=[2, 0.33 * len(starts)])
@@ -54,9 +50,6 @@ def heat(
         values: 0–1.
         rows, columns: what stands beside and under them.
         y, x: what these are.
-
-    Example:
-        >>> figure = heat(torch.rand(2, 3), rows=[1, 2], columns=[0.1, 0.2, 0.3], y="steps", x="rate")
     """
     figure = picture(1.2 + 0.42 * len(rows), width=max(WIDTH, 0.5 * len(columns)))
     axes = figure.subplots()
@@ -89,9 +82,6 @@ def journeys(
         paths: name to the points on the way.
         x, y: what the axes show.
         reach: from the middle to the border.
-
-    Example:
-        >>> figure = journeys({"task": (1.0, 0.0)}, {"Reptile": torch.rand(4, 2)}, x="weight", y="bias")
     """
     figure = picture(4.4)
     axes = figure.subplots()

@@ -11,10 +11,17 @@ from math import comb
 import pytest
 import torch
 
-from metatutor import exercises
 from metatutor.baselines import NearestPixels
+from metatutor.book import exercises
+from metatutor.book.exercises import (
+    Verdict,
+    check_episode,
+    check_episodes_needed,
+    check_overlap,
+    check_task_count,
+    game,
+)
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
-from metatutor.exercises import Verdict, check_episode, check_episodes_needed, check_overlap, check_task_count, game
 from metatutor.learner import Learner
 
 SPEC = EpisodeSpec(n_way=3, k_shot=2, n_query=2)

@@ -1,4 +1,4 @@
-"""Where the chapters' characters come from: Omniglot if it can be had, Strokes if not, and the reader is told."""
+"""How a chapter begins: Omniglot if it can be had, Strokes if not, and the reader is told; fast or full."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from metatutor.data import DownloadError, Omniglot, Strokes, load_characters
+from metatutor.book.support import load_characters, preset
+from metatutor.data import DownloadError, Omniglot, Strokes
 
 NAMES = tuple(f"alphabet{i // 35}/character{i % 35}" for i in range(1623))
 
@@ -45,3 +46,19 @@ def test_a_place_that_somebody_named_is_not_passed_over(tmp_path: Path, monkeypa
     monkeypatch.setenv("METATUTOR_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="METATUTOR_DATA"):
         load_characters()
+
+
+@pytest.mark.parametrize(("said", "chosen"), [(None, "fast"), ("", "fast"), ("fast", "fast"), ("full", "full")])
+def test_a_chapter_is_fast_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, said: str | None, chosen: str
+) -> None:
+    monkeypatch.delenv("METATUTOR_PRESET", raising=False)
+    if said is not None:
+        monkeypatch.setenv("METATUTOR_PRESET", said)
+    assert preset() == chosen
+
+
+def test_there_is_no_third_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METATUTOR_PRESET", "Full")
+    with pytest.raises(ValueError, match="METATUTOR_PRESET must be fast or full, got 'Full'"):
+        preset()

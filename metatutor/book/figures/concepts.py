@@ -6,9 +6,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, Rectangle
 
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import GREY, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.images import stamp
-from metatutor.figures.style import GREY, Picture, colour_of, picture, styled
 
 
 @styled
@@ -17,10 +17,6 @@ def families(episode: Episode) -> Picture:
 
     Args:
         episode: three tasks or more, of three classes or more, one support image of each.
-
-    Example:
-        >>> images, labels = torch.rand(3, 5, 1, 28, 28), torch.arange(5).repeat(3, 1)
-        >>> figure = families(Episode(images, labels, images, labels, n_way=5))
     """
     figure = picture(7.2)
     titles = {

@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from matplotlib.colors import ListedColormap
 from torch import Tensor
 
+from metatutor.book.figures.images import stamp
+from metatutor.book.figures.style import COLOURS, GREY, MARKERS, WIDTH, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
-from metatutor.figures.images import stamp
-from metatutor.figures.style import COLOURS, GREY, MARKERS, WIDTH, Picture, colour_of, picture, styled
 
 REACH = 3.0  # of the plane, from its middle
 Points = Float[Tensor, "_ 2"]
@@ -36,10 +36,6 @@ def plane(
         crosses: title to further points, such as prototypes.
         query: a point that is asked about.
         weights: title to how much each support point counts for the query, 0–1, drawn as lines of that width.
-
-    Example:
-        >>> points, labels = torch.rand(3, 2), torch.arange(3)
-        >>> figure = plane(points, labels, {"nearest point": lambda x: -torch.cdist(x, points)})
     """
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -74,11 +70,6 @@ def embedding(
     Args:
         episode: its first task is drawn; 1-shot or more.
         panels: title to embeddings of its support and of its query images.
-
-    Example:
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> found = torch.rand(5, 8), torch.rand(5, 8)
-        >>> figure = embedding(Episode(images, labels, images, labels, n_way=5), {"untrained": found})
     """
     figure = picture(3.6 * len(panels), 4.2)
     labels, asked = episode.support_labels[0].tolist(), episode.query_labels[0].tolist()
@@ -110,9 +101,6 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
         panels: title to a table; its rows and columns are sorted by class.
         classes: how many classes there are, of equal size; lines part them.
         unit: what a shade means.
-
-    Example:
-        >>> figure = matrices({"pixels": torch.rand(6, 6)}, classes=3, unit="cosine")
     """
     figure = picture(WIDTH / len(panels) + 1.3)
     shaded = None
@@ -141,9 +129,6 @@ def confusions(rows: Float[Tensor, "n 3 1 h w"]) -> Picture:
 
     Args:
         rows: query image, support image of its class, support image of the class it was given.
-
-    Example:
-        >>> figure = confusions(torch.rand(4, 3, 1, 28, 28))
     """
     columns = min(4, len(rows))
     lines = -(-len(rows) // columns)

@@ -10,15 +10,15 @@ from typing import Any
 import matplotlib
 import pytest
 import torch
+from browser import BROWSER, found_in_the_browser
 
-from metatutor import figures
 from metatutor.backbones import ConvNet, Pixels
+from metatutor.book import figures
+from metatutor.book.figures import Picture
+from metatutor.book.figures.filling import filling_memory
+from metatutor.book.figures.memory import DIVERGING, bookkeeping, chosen_slots, first_written
 from metatutor.episodes import Episode
-from metatutor.figures import Picture
-from metatutor.figures.filling import filling_memory
-from metatutor.figures.memory import DIVERGING, bookkeeping, chosen_slots, first_written
 from metatutor.memory import MANN, SNAIL, MetaNet
-from tests.test_figures import BROWSER, found_in_the_browser
 
 
 def stream(time: int = 8, slots: int = 12, width: int = 5, *, seed: int = 0) -> dict[str, Any]:

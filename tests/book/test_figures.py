@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +11,12 @@ import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
+from browser import BROWSER, found_in_the_browser
 
-from metatutor import figures
 from metatutor.backbones import MLP, ConvNet
+from metatutor.book import figures
+from metatutor.book.figures import Picture
 from metatutor.episodes import Episode
-from metatutor.figures import Picture
 from metatutor.metric.base import class_means
 from metatutor.metric.matching import attend
 from metatutor.metric.prototypical import similarity
@@ -74,6 +71,9 @@ ALL: dict[str, Callable[[], Picture]] = {
         points=torch.rand(4, 2),
         truth=torch.arange(9.0).sin(),
     ),
+    "beginnings": lambda: figures.beginnings({"a": (torch.arange(5.0), torch.rand(5))}, {"b": 2.0}, x="w", y="loss"),
+    "heat": lambda: figures.heat(torch.rand(2, 3), rows=[1, 2], columns=[0.1, 0.2, 0.3], y="steps", x="rate"),
+    "journeys": lambda: figures.journeys({"task": (1.0, 0.0)}, {"Reptile": torch.rand(4, 2)}, x="weight", y="bias"),
     "families": lambda: figures.families(three_tasks()),
 }
 
@@ -133,8 +133,6 @@ def test_a_table_is_markdown_with_figures_to_the_right() -> None:
 
 # --- what a reader moves ---
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), "")
 MOVES = """
 <script>
 const box = document.querySelector("div[id^=plane]"), found = [];
@@ -149,17 +147,6 @@ for (const way of box.querySelectorAll("input")) {
 document.body.dataset.found = JSON.stringify(found);
 </script>
 """
-
-
-def found_in_the_browser(tmp_path: Path, shown: str, script: str) -> Any:
-    """What a script leaves in `document.body.dataset.found` of a page with a figure."""
-    page = tmp_path / "page.html"
-    page.write_text(f'<!doctype html><meta charset="utf-8"><body>{shown}{script}</body>', encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    run = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    written = re.search(r'data-found="([^"]*)"', run.stdout)
-    assert written, run.stdout[-2000:]
-    return json.loads(html.unescape(written[1]))
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")

@@ -13,17 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from html import escape
 from math import ceil, comb, perm
-from string import Template
 from typing import Any
-from zlib import crc32
 
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from metatutor.book.figures.shown import Shown, identity, widget
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
-from metatutor.figures import Shown
 from metatutor.learner import Learner
 
 
@@ -187,9 +185,6 @@ def check_strong_spring(answer: object) -> Verdict:
     Args:
         answer: `"MAML"`, `"pretraining"` or `"Reptile"`.
 
-    Returns:
-        A verdict.
-
     Example:
         >>> check_strong_spring("Reptile")
         ✗ Reptile looks where the steps lead; held by such a spring, they lead nowhere.
@@ -308,7 +303,7 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
         return Verdict(False, _NOTHING_YET)
     try:
         holds = right(answer)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - an answer may raise anything
         return Verdict(False, f"Not yet: {type(error).__name__}: {error}")
     if holds is None:
         return Verdict(False, _NOTHING_YET)
@@ -416,11 +411,6 @@ def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, 
 
     Raises:
         ValueError: if there is more than one support image of a class.
-
-    Example:
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> "nearest pixels" in game(Episode(images, labels, images, labels, n_way=5), labels, rival="nearest pixels")
-        True
     """
     if episode.support_images.shape[1] != episode.n_way:
         raise ValueError(f"the game is for 1-shot tasks, got {episode.support_images.shape[1]} support images")
@@ -442,8 +432,8 @@ def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, 
         for i, picture in enumerate(rounds[0]["support"], 1)
     )
     text = json.dumps(rounds, separators=(",", ":"))
-    filled = {"cards": cards, "query": rounds[0]["query"], "ways": episode.n_way, "rounds": text}
-    return Shown(_GAME.substitute(filled, rival=escape(rival), id=f"game-{crc32(text.encode()):08x}").strip())
+    fill = {"cards": cards, "query": rounds[0]["query"], "ways": episode.n_way, "rival": escape(rival)}
+    return widget("game", id=identity("game", text), state=text, **fill)
 
 
 def _data_uri(image: Float[Tensor, "1 h w"]) -> str:
@@ -452,79 +442,3 @@ def _data_uri(image: Float[Tensor, "1 h w"]) -> str:
     with io.BytesIO() as file:
         Image.fromarray(paper).quantize(16).save(file, format="PNG", optimize=True)
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-_GAME = Template("""
-<style>
-#$id{max-width:32.5rem;margin:1rem 0;padding:.8rem;border:1px solid #8888;border-radius:.7rem;font-size:.95em}
-#$id p{margin:0 0 .5rem}
-#$id .five{display:grid;grid-template-columns:repeat($ways,minmax(0,1fr));gap:.4rem;margin-bottom:.8rem}
-#$id button{font:inherit;color:inherit;cursor:pointer;border-radius:.5rem}
-#$id button:disabled{cursor:default}
-#$id .five button{padding:0;background:#fff;border:3px solid #8888;position:relative;aspect-ratio:1}
-#$id .five button:not(:disabled):hover,#$id button:focus-visible{border-color:#0072B2;outline:2px solid #0072B2}
-#$id img{display:block;width:100%;height:auto;border-radius:.3rem;background:#fff;padding:0;margin:0}
-#$id .right{border-color:#009E73!important}
-#$id .wrong{border:3px dashed #D55E00!important}
-#$id .rival::after{content:"rival";position:absolute;right:0;bottom:0;padding:0 .25rem;font-size:.7rem;color:#fff;
-background:#555;border-radius:.3rem 0 .2rem}
-#$id .below{display:flex;gap:1rem;align-items:center;min-height:7.5rem}
-#$id .below img{flex:none;width:6.5rem;border:3px solid #8888}
-#$id .next{padding:.25rem .8rem;border:1px solid #0072B2;background:#0072B2;color:#fff}
-#$id table{margin:.7rem 0 0;border:0;width:100%;font-variant-numeric:tabular-nums}
-#$id :is(td,th){border:0;padding:.1rem .6rem .1rem 0;text-align:left;font-weight:inherit;background:none}
-#$id :is(td,th){white-space:nowrap}
-#$id td:last-child{width:100%}
-#$id i{display:block;height:.6rem;width:0;border-radius:.2rem;background:#0072B2;transition:width .3s}
-#$id tr+tr i{background:#D55E00}#$id tr+tr+tr i{background:#888}
-</style>
-<div id="$id" role="group" aria-label="A game: which of the characters is the new drawing?">
-<p>You see each of these characters once:</p>
-<div class="five">$cards</div>
-<div class="below"><img src="$query" alt="a new drawing of one of them" width="104" height="104">
-<div><p aria-live="polite">Which of them is this? Click it.<noscript> (The game needs JavaScript.)</noscript></p>
-<button type="button" class="next" hidden>Next task</button></div></div>
-<table><tr><th>You</th><td></td><td><i></i></td></tr><tr><th>$rival</th><td></td><td><i></i></td></tr>
-<tr><th>guessing</th><td></td><td><i></i></td></tr></table>
-</div>
-<script>
-(() => {
-const rounds = $rounds;
-const box = document.getElementById("$id"), five = [...box.querySelectorAll(".five button")];
-const query = box.querySelector(".below img"), says = box.querySelector("p[aria-live]");
-const next = box.querySelector(".next"), rows = [...box.querySelectorAll("tr")];
-let at = 0, score = [0, 0, 0];
-const show = () => {
-  const {support, query: picture} = rounds[at];
-  five.forEach((card, i) => {
-    card.className = ""; card.disabled = false; card.firstChild.src = support[i];
-  });
-  query.src = picture; next.hidden = true;
-  says.textContent = "Task " + (at + 1) + " of " + rounds.length + ". Which of them is this?";
-};
-const tally = (n) => rows.forEach((row, i) => {
-  row.cells[1].textContent = n ? (i < 2 ? score[i] : score[i].toFixed(1)) + " of " + n : "";
-  row.querySelector("i").style.width = n ? 100 * score[i] / n + "%" : 0;
-});
-const choose = (chosen) => {
-  const {answer, rival} = rounds[at], ended = at + 1 === rounds.length;
-  five.forEach((card) => { card.disabled = true; });
-  five[chosen].classList.add("wrong"); five[answer].classList.remove("wrong");
-  five[answer].classList.add("right"); five[rival].classList.add("rival");
-  score = [score[0] + (chosen === answer), score[1] + (rival === answer), score[2] + 1 / five.length];
-  tally(at + 1);
-  says.textContent = (chosen === answer ? "Yes. " : "No, it is number " + (answer + 1) + ". ")
-    + "The rival took number " + (rival + 1) + (rival === answer ? " too." : ".");
-  next.textContent = ended ? "Again from the start" : "Next task";
-  next.hidden = false; next.focus({preventScroll: true});
-};
-five.forEach((card, i) => card.addEventListener("click", () => choose(i)));
-next.addEventListener("click", () => {
-  at = (at + 1) % rounds.length;
-  if (at === 0) { score = [0, 0, 0]; tally(0); }
-  show(); five[0].focus({preventScroll: true});
-});
-show();
-})();
-</script>
-""")
