@@ -112,6 +112,8 @@ def evaluate(
     """
     folder, records = _evaluations(run)
     if test != TestConfig():
+        if not test.name:
+            raise ValueError("another evaluation needs a name: give --test.name too")
         found = recorded.evaluate_run(folder, test, data=data, device=device, record=True)
         print(f"{test.name}: {found}")
         return
@@ -138,7 +140,8 @@ def reproduce(
         device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
         record: copy the outcome to results/, in place of what is recorded there.
     """
-    source, _ = _evaluations(run.removesuffix("config.json"))
+    path = Path(run)
+    source = path.parent if path.name == "config.json" else _evaluations(run)[0]
     folder = runs / source.resolve().name
     recorded.check_name(folder.name)
     for name, found, before in recorded.reproduce(source, folder, data=data, device=device):

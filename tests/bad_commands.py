@@ -87,8 +87,9 @@ def bad_commands(folder: Path, seed: int = 0) -> Iterator[BadCommand]:
     for name in NO_NAMES:
         command = draw.choice([0, 1])
         yield BadCommand("no name", [GOOD[command][0], name, *GOOD[command][2:]])
-    yield from (BadCommand("wrong value", [*TRAIN, option, value]) for option, value in WRONG)
-    yield from (BadCommand("wrong value", [*GOOD[1], option, value]) for option, value in WRONG_EVALUATIONS)
+    yield from (BadCommand("wrong value", _given(TRAIN, option, value)) for option, value in WRONG)
+    yield from (BadCommand("wrong value", _given(GOOD[1], option, value)) for option, value in WRONG_EVALUATIONS)
+    yield BadCommand("twice", [*TRAIN, "--device", "cpu"])
     yield from (BadCommand("wrong file", arguments) for arguments in _with_bad_files(folder, draw))
     for words in (["nonsense"], ["train"], ["data"], ["data", "nonsense"], [], [""], ["-"], ["💥"], ["runs", "x"]):
         yield BadCommand("no command", words)
@@ -97,6 +98,12 @@ def bad_commands(folder: Path, seed: int = 0) -> Iterator[BadCommand]:
     yield BadCommand("too many", ["train", *("x" for _ in range(500))])
     for learner in ("mann", "relation", "pretrained-cosine", "nonsense", "MAML"):  # not with this network, or at all
         yield BadCommand("learner", [*TRAIN[:-2], f"learner:{learner}", "network:pixels"])
+
+
+def _given(arguments: list[str], option: str, value: str) -> list[str]:
+    """The arguments with another value of an option."""
+    at = arguments.index(option) if option in arguments else len(arguments)
+    return [*arguments[:at], option, value, *arguments[at + 2 :]]
 
 
 def _with_bad_files(folder: Path, draw: random.Random) -> Iterator[list[str]]:

@@ -100,7 +100,8 @@ def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("omniglot-fomaml-5w1s", 0.012), ("omniglot-mann-15w-stream", 0.03), ("omniglot-metanet-5w1s", 0.01)]
+    ("name", "near"),
+    [("omniglot-fomaml-5w1s", 0.012), ("omniglot-mann-15w-stream", 0.03), ("omniglot-metanet-5w1s", 0.01)],
 )
 def test_the_last_row_of_a_history_is_validated_as_the_configuration_says(name: str, near: float) -> None:
     """First-order MAML by its own steps, not the shorter ones of the test; MANN on longer streams than in training."""
