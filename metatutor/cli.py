@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -63,11 +64,14 @@ def _parsed(commands: Any, arguments: list[str]) -> Callable[[], None]:
 
 
 def _line(box: str) -> str:
-    """The first part of tyro's box, and where to read on."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    rule = next((i for i, row in enumerate(rows) if set(row) <= set("─╰╯ ")), len(rows))
-    help_ = next((row for row in reversed(rows) if row.endswith("--help")), "metatutor --help")
-    return f"{' '.join(rows[:rule])}; see metatutor{help_.partition('metatutor')[2]}"
+    """What is wrong, from tyro's box around it, what may have been meant, and where to read on."""
+    rows = "\n".join(row.strip("│ ") for row in box.splitlines()[1:])
+    parts = [" ".join(part.split()) for part in re.split(r"(?m)^[─╰╯-]*$", rows)]  # between rules
+    message = re.sub(r"^Error parsing __tyro\S+: ", "", next(filter(None, parts), "not understood"))
+    meant = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts))
+    help_ = re.search(r"metatutor[\w :.-]* --help$", " ".join(parts).rstrip())
+    hint = f"; did you mean {meant.group(1)}?" if meant else f"; see {help_.group() if help_ else 'metatutor --help'}"
+    return message + hint
 
 
 @contextmanager

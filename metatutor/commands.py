@@ -13,7 +13,7 @@ import tyro
 from tabulate import tabulate
 
 from metatutor import runs as recorded
-from metatutor.config import RunConfig, TestConfig, parse_test
+from metatutor.config import RunConfig, TestConfig, load_config, parse_test
 from metatutor.data import omniglot
 from metatutor.evaluation import Evaluation
 
@@ -112,9 +112,13 @@ def evaluate(
     """
     folder, records = _evaluations(run)
     if test != TestConfig():
+        if not test.name:
+            raise ValueError("another evaluation needs a name: give --test.name too")
         found = recorded.evaluate_run(folder, test, data=data, device=device, record=True)
         print(f"{test.name}: {found}")
         return
+    if not records:
+        raise ValueError(f"{run} was not evaluated yet; name an evaluation with --test.name")
     changes: dict[str, Any] = {"split": split, "n_episodes": n_episodes}
     for record in records:
         again = replace(parse_test(record), **{key: value for key, value in changes.items() if value is not None})
@@ -136,7 +140,8 @@ def reproduce(
         device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
         record: copy the outcome to results/, in place of what is recorded there.
     """
-    source, _ = _evaluations(run.removesuffix("config.json"))
+    path = Path(run)
+    source = path.parent if path.name == "config.json" else _evaluations(run)[0]
     folder = runs / source.resolve().name
     recorded.check_name(folder.name)
     for name, found, before in recorded.reproduce(source, folder, data=data, device=device):
@@ -168,10 +173,12 @@ def runs() -> None:
 
 def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of a run, and the evaluations that are meant: all, or the one of that name."""
-    if "/" in run or (Path(run) / "config.json").exists():
-        return Path(run), recorded.read_evaluations(Path(run))["evaluations"]
-    found = recorded.load_run(run)
-    return found.folder, [found.evaluation]
+    folder = Path(run)
+    if not (folder.parts[1:] or (folder / "config.json").exists()):
+        found = recorded.load_run(run)
+        return found.folder, [found.evaluation]
+    load_config(folder)  # or it is none
+    return folder, recorded.read_evaluations(folder)["evaluations"]
 
 
 def _tell(name: str, found: Evaluation, before: Evaluation | None) -> None:

@@ -280,8 +280,10 @@ def evaluate_run(
         device: where to compute; default: the CPU.
         record: whether what comes of it goes to `evaluations.json`, under the name of the test.
     """
+    if record:
+        check_name(test.name)
     config = load_config(folder)
-    learner = load_learner(folder, config.tested(test)).to(device or "cpu")
+    learner = load_learner(folder, config.tested(test)).to(check_device(str(device or "cpu")))
     splits = splits or config.data.load(data)
     again = config.regression and test.split == "validation"  # the same waves as for the test
     found = evaluate(
@@ -294,7 +296,6 @@ def evaluate_run(
         stream=test.stream,
     )
     if record:
-        check_name(test.name)
         changes = {key: value for key in ("stream", "learner", "network") if (value := getattr(test, key))}
         about = read_evaluations(folder)
         names = [other["name"] for other in about["evaluations"]]
@@ -326,15 +327,17 @@ def reproduce(
 
 def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data: Path | str | None) -> Splits[Any]:
     """The classes, after all that can be known to be wrong before the training; the folder is the configuration's."""
-    read_evaluations(folder)
-    path = folder / "config.json"
+    path, text = folder / "config.json", config_text(config)
     if path.exists():
         before = load_config(folder)
         if before.train and config.train:
             may = {name: getattr(config.train, name) for name in MAY_CHANGE}
             before = replace(before, train=replace(before.train, **may))
-        if config_text(before) != config_text(config):
+        if config_text(before) != text:
             raise ValueError(f"{folder} holds a run with another configuration; choose another folder or delete it")
+    read_evaluations(folder)
+    for test in tests:
+        check_name(test.name)
     asked: list[tuple[str, EpisodeSpec]] = [(test.split, config.tested(test).test_spec(test)) for test in tests]
     if config.train is not None:
         asked += [("train", config.train_spec), ("validation", config.validation_spec)]
@@ -343,7 +346,7 @@ def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data:
         getattr(splits, split).sampler(spec)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(config_text(config), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return splits
 
 

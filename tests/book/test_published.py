@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-from metatutor.recording import published, published_streams
 from sources import ROOT, bibliography_keys
+
+from metatutor.runs import published, published_streams
 
 # 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot
 TABLE = """
