@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection
 from copy import deepcopy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -176,8 +176,9 @@ def _not_random(layer: nn.Module) -> Parameters:
     if "Norm" not in type(layer).__name__ and any(p.dim() > 1 for p in own.values()):
         return {}
     new = deepcopy(layer) if own else layer
-    if own and hasattr(new, "reset_parameters"):
-        new.reset_parameters()
+    reset: Any = getattr(new, "reset_parameters", None)
+    if own and reset is not None:
+        reset()
     return {name: p.detach() for name, p in new.named_parameters(recurse=False)}
 
 

@@ -166,7 +166,7 @@ def test_more_steps_fit_the_support_set(name: str) -> None:
     episode = replace(episode, query_images=episode.support_images, query_labels=episode.support_labels)
 
     def support_loss(steps: int) -> float:
-        learner.steps = steps  # pyright: ignore[reportAttributeAccessIssue]
+        learner.steps = steps  # pyright: ignore[reportArgumentType]
         return F.cross_entropy(learner(episode).flatten(0, 1), episode.query_labels.flatten()).item()
 
     untrained, some, many = support_loss(0), support_loss(10), support_loss(40)
@@ -334,7 +334,7 @@ def test_any_network_keeps_the_contract(name: str, kind: str) -> None:
 
 def test_scratch_begins_with_the_layers_of_anybody_as_they_are_made() -> None:
     """Normalisation with ones and zeros, whatever its present values; weights at random, each task its own."""
-    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.PReLU(), nn.GroupNorm(2, 4), nn.LayerNorm((6, 6))]
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.PReLU(), nn.GroupNorm(2, 4), nn.LayerNorm([6, 6])]
     template = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 36, WAY))
     with torch.no_grad():
         for p in template.parameters():
