@@ -83,7 +83,7 @@ class Scratch(_Untrained, NetworkLearner):
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an argument is out of range, an episode has other ways than the network has outputs, or
+        ValueError: if an episode has other ways than the network has outputs, or
             it is asked for its `meta_loss`: there is nothing to learn.
 
     Example:
@@ -256,7 +256,7 @@ class PretrainedFinetuned(_Pretrained):
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an argument is out of range, the network has not one output for each meta-training class, or
+        ValueError: if the network has not one output for each meta-training class, or
             the learner is trained on episodes.
 
     Example:

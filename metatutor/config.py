@@ -241,7 +241,7 @@ class RunConfig:
         validation: how the training is watched.
 
     Raises:
-        ValueError: if an argument is out of range, or two of them do not go together.
+        ValueError: if or two of them do not go together.
 
     Example:
         >>> config = RunConfig(n_way=20)

@@ -51,7 +51,7 @@ class PlainLSTM(_Control):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+        ValueError: if the network normalises over several images, or an episode has other
             ways.
 
     Example:
@@ -103,7 +103,7 @@ class FeedForward(_Control):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+        ValueError: if the network normalises over several images, or an episode has other
             ways.
 
     Example:

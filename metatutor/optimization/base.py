@@ -35,7 +35,7 @@ class AdaptingLearner(NetworkLearner):
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         Gradient descent with momentum as the inner loop; the state is the velocity.
