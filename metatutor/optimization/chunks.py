@@ -52,6 +52,9 @@ class Compiled:
     Args:
         function: of tensors, returning tensors.
 
+    Raises:
+        ValueError: when called, if it cannot be traced.
+
     Reference:
         Ansel et al. (2024), PyTorch 2.
     """
@@ -65,6 +68,11 @@ class Compiled:
 
         shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
         if shapes not in self.compiled:
-            self.compiled[shapes] = torch.compile(make_fx(self.function)(*tensors))
+            try:
+                traced = make_fx(self.function)(*tensors)
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"this network cannot be traced ({reason}); leave compiled out") from error
+            self.compiled[shapes] = torch.compile(traced)
         with torch.no_grad():
             return self.compiled[shapes](*tensors)
