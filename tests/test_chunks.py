@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, vmap
 
 from metatutor.backbones import MLP, ConvNet
@@ -152,7 +152,7 @@ def test_what_is_not_a_tensor_argument_is_fixed_at_the_first_call(graphs: list[A
 
 
 def test_what_cannot_be_traced_is_told_in_one_sentence():
-    message = "this network cannot be traced (no such luck); leave compiled out"
+    message = "this network cannot be compiled (no such luck); leave compiled out"
 
     def fails(x: Tensor) -> list[Tensor]:
         raise RuntimeError("no such luck\nand a long story")

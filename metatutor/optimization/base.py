@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.backbones import Backbone
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 from metatutor.learner import Loss, NetworkLearner
@@ -105,11 +106,11 @@ class AdaptingLearner(NetworkLearner):
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean loss of the query images after adaptation."""
+        self.check_ways(episode)
         return self.outer_loss(episode)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """What `meta_loss` is, unless a method finds its gradient in another way."""
-        self.check_ways(episode)
         return self.query_loss(episode, self.adapt(episode))
 
     def query_loss(self, episode: Episode, parameters: Parameters) -> Float[Tensor, ""]:
@@ -188,7 +189,7 @@ class AdaptingLearner(NetworkLearner):
         return names
 
     def _network_name(self) -> str:
-        return type(getattr(self.network, "module", self.network)).__name__
+        return type(self.network.module if isinstance(self.network, Backbone) else self.network).__name__
 
     def support_gradients(
         self, parameters: Parameters, episode: Episode, *, moving: list[str] | None = None, create_graph: bool = False
@@ -221,9 +222,12 @@ class AdaptingLearner(NetworkLearner):
     def check_ways(self, episode: Episode) -> None:
         """Raise a `ValueError` if an episode has other ways than the network has outputs."""
         if self.ways not in (None, episode.n_way):
+            instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
+            if isinstance(self.network, Backbone):
+                instead = "give one of as many, or say which layer is its last with backbone(network, head=its name)"
             raise ValueError(
                 f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; "
-                f"{type(self).__name__} adapts one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
+                f"{type(self).__name__} adapts one head, so {instead}"
             )
 
 

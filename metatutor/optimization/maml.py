@@ -133,7 +133,8 @@ class MAML(AdaptingLearner):
         if torch.is_grad_enabled() and self.training and self._compiled is not None:
             return self._compiled_loss(self._compiled, episode)
         if torch.is_grad_enabled() and self.recompute:
-            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode)))
+            wanted: Parameters = dict(self.meta_parameters())
+            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode), wanted))
         return self.outer_loss(episode)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
@@ -190,12 +191,12 @@ class MAML(AdaptingLearner):
     # --- the meta-gradient, one step at a time ---
 
     def _recomputed_gradient(
-        self, episode: Episode, weights: Tensor | None
+        self, episode: Episode, weights: Tensor | None, wanted: Parameters
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Loss, meta-parameters and gradients, by the chain rule from the last step to the first."""
+        """Loss, wanted meta-parameters and gradients, by the chain rule from the last step to the first."""
         with torch.no_grad():
             path = self.adaptation_path(episode)
-        n_steps, wanted = len(path) - 1, self.meta_parameters()
+        n_steps = len(path) - 1
         others = {n: p for n, p in wanted.items() if not n.startswith("network.")}  # rates, or those of a loss
         of_path = {n: torch.zeros_like(p) for n, p in path[-1].items()}  # d loss / d parameters after this step
         of_others = {n: torch.zeros_like(p) for n, p in others.items()}
@@ -240,7 +241,7 @@ class MAML(AdaptingLearner):
         given = weights if len(weights) else None
         with torch.enable_grad():
             if self.recompute:
-                loss, _, gradients = call_method(self, own, self._recomputed_gradient, episode, given)
+                loss, _, gradients = call_method(self, own, self._recomputed_gradient, episode, given, own)
                 return [loss, *gradients]
             loss = call_method(self, own, self._weighted_loss, episode, given)
             return [loss, *gradients_of(loss, list(own.values()))]
