@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 
 
+@runtime_checkable
 class Adapting(Protocol):
     """A learner that adapts its network to each task by steps."""
 

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.double_backward import EPSILON, batch_norm, conv2d, max_pool2d
+from metatutor.double_backward import EPSILON, batch_norm, conv2d, group_norm, max_pool2d
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
+_MOST_BLOCKS = 1000
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
@@ -219,6 +220,8 @@ class ConvNet(Embedding):
             n_outputs=1 if n_outputs is None else n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels
         )
         _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        if n_blocks > _MOST_BLOCKS:
+            raise ValueError(f"n_blocks must be at most {_MOST_BLOCKS}, got {n_blocks}")
         size, halving = image_size, n_blocks if n_halving is None else n_halving
         if not 0 <= halving <= n_blocks:
             raise ValueError(f"n_halving must be from 0 to n_blocks = {n_blocks}, got {halving}")
@@ -317,7 +320,7 @@ class ConvBlock(nn.Module):
     def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
         """Normalise by the policy's statistics, then scale and shift each channel."""
         if self.normalization == "group":
-            return F.group_norm(images, gcd(8, images.shape[1]), self.scale, self.shift, EPSILON)
+            return group_norm(images, self.scale, self.shift, gcd(8, images.shape[1]))
         if self.normalization == "batch" or n_support is None:
             return batch_norm(images, self.scale, self.shift)
         variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)

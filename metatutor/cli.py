@@ -1,162 +1,109 @@
-"""The command `metatutor`: get the data, train, evaluate, reproduce."""
+"""The command `metatutor`: whatever goes wrong ends it with one line and a status. `commands.py` has what it does."""
 
 from __future__ import annotations
 
-import shutil
+import io
+import os
+import re
+import signal
 import sys
-from pathlib import Path
-from typing import Annotated, Literal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
+from typing import Any
 
-import torch
-import tyro
-
-from metatutor import recording
-from metatutor.data import omniglot
-from metatutor.recording import RunConfig
-from metatutor.training import TrainingDivergedError, check_device
-
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-Split = Literal["test", "validation"]
-
-data_app = tyro.extras.SubcommandApp()
-app = tyro.extras.SubcommandApp()
+LONGEST = 4096  # characters of an argument that makes sense
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have them: 128 and the number of the signal
 
 
-@data_app.command(name="download")
-def download(data: Folder = None, runs: bool = False) -> None:
-    """Download Omniglot and compare every pixel with the published ones.
-
-    Args:
-        data: where to put it; default: METATUTOR_DATA, else your cache folder.
-        runs: get Lake's 20 one-shot runs too.
-    """
-    print(omniglot.download(data, runs=runs))
-
-
-@data_app.command(name="verify")
-def verify(data: Folder = None) -> None:
-    """Compare every pixel of your copy of Omniglot with the published ones.
-
-    Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
-    """
-    print(omniglot.verify(data))
-
-
-@data_app.command(name="info")
-def info(data: Folder = None) -> None:
-    """Count what your copy of Omniglot holds, and tell where its pixels are kept.
-
-    Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
-    """
-    print(omniglot.info(data))
-
-
-@app.command(name="train")
-def train(
-    name: RunName,
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),  # noqa: B008 - frozen
-    runs: Path = Path("runs"),
-    data: Folder = None,
-    device: str | None = None,
-) -> None:
-    """Train and evaluate a learner; started again after a kill, it goes on where it was.
-
-    Args:
-        name: of the run; its files go to the folder RUNS/NAME.
-        config: what to train.
-        runs: the folder of your runs.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: cpu or cuda; default: a GPU if there is one.
-    """
-    print(recording.run_training(config, runs / name, data=data, device=device))
-
-
-@app.command(name="reproduce")
-def reproduce(
-    run: RunName,
-    runs: Path = Path("runs"),
-    data: Folder = None,
-    device: str | None = None,
-    record: bool = False,
-) -> None:
-    """Retrain a recorded run from its config.json alone, and compare.
-
-    Args:
-        run: a folder name under results/, or the path of a config.json.
-        runs: the folder of your runs; this one's files go to a folder of its name there.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: cpu or cuda; default: a GPU if there is one.
-        record: copy the outcome to results/, in place of what is recorded there.
-    """
-    path = Path(run)
-    source = path.parent if path.name == "config.json" else recording.run_folder(run)
-    config = recording.load_config(source / "config.json")
-    folder = runs / source.resolve().name
-    evaluation = recording.run_training(config, folder, data=data, device=device)
-    before = recording.recorded_accuracy(source)
-    print(f"{folder.name}: {evaluation}" + (f" (recorded: {before})" if before else ""))
-    if record:
-        target = recording.results_folder() / folder.name
-        target.mkdir(exist_ok=True)
-        for name in recording.FILES:
-            if (folder / name).exists():
-                shutil.copy2(folder / name, target / name)
-
-
-@app.command(name="evaluate")
-def evaluate(
-    run: RunName,
-    split: Split = "test",
-    n_episodes: int | None = None,
-    data: Folder = None,
-    device: str | None = None,
-) -> None:
-    """Evaluate the recorded weights of a run anew.
-
-    Args:
-        run: a folder name under results/, or the path of a run's folder.
-        split: classes to draw the tasks from.
-        n_episodes: how many tasks; default: as recorded.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: cpu or cuda; default: cpu.
-    """
-    folder = Path(run) if (Path(run) / "config.json").exists() else recording.run_folder(run)
-    config = recording.load_config(folder / "config.json")
-    learner = recording.load_learner(folder, config)
-    check_device(device)
-    learner.to(device)
-    splits = config.data.load(data)
-    evaluation = recording.evaluate_learner(learner, splits, config, split=split, n_episodes=n_episodes)
-    before = recording.recorded_accuracy(folder)
-    print(f"{folder.name}: {evaluation}" + (f" (recorded: {before})" if before else ""))
-
-
-@app.command(name="runs")
-def runs() -> None:
-    """List the recorded runs with their accuracies."""
-    for name in recording.run_names():
-        print(f"{name:42} {recording.recorded_accuracy(recording.run_folder(name)) or 'not evaluated'}")
-
-
-app.command(data_app, name="data")
-
-
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake ends it with one line and exit status 2."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app.cli(prog="metatutor", description=__doc__, args=arguments)
-    except (ValueError, TrainingDivergedError, torch.cuda.OutOfMemoryError) as error:
-        sys.exit(_fail(str(error), 2))
+        try:
+            _run(given)
+        finally:
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
+    except BrokenPipeError:
+        _end(BROKEN_PIPE)
     except KeyboardInterrupt as interrupt:
-        sys.exit(_fail(str(interrupt) or "interrupted", 130))
+        _end(INTERRUPTED, str(interrupt) or "interrupted")
+    except OSError as error:
+        _end(2, f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+    except (ValueError, RuntimeError, MemoryError, OverflowError) as error:  # those of PyTorch are RuntimeErrors
+        _end(2, str(error).partition("\n")[0] or type(error).__name__)
 
 
-def _fail(message: str, status: int) -> int:
-    print(f"metatutor: {message}", file=sys.stderr)
-    return status
+def _run(arguments: list[str]) -> None:
+    if arguments[:1] == ["--version"]:
+        from metatutor import __version__
+
+        print(f"metatutor {__version__}")
+        return
+    longest = max(map(len, arguments), default=0)
+    if longest > LONGEST:
+        raise ValueError(f"an argument has {longest:,} characters; none that makes sense has more than {LONGEST:,}")
+    with _leaving_at_once():
+        from metatutor import commands
+    _parsed(commands, arguments)()
+
+
+def _parsed(commands: Any, arguments: list[str]) -> Callable[[], None]:
+    """What the arguments ask for, not yet done; tyro's box around an error becomes a line."""
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            config = (tyro.conf.CascadeSubcommandArgs,)
+            return commands.app.cli(prog="metatutor", description=commands.__doc__, config=config, args=arguments)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise ValueError(_line(box.getvalue())) from None
+
+
+def _line(box: str) -> str:
+    """What is wrong, from tyro's box around it, what may have been meant, and where to read on."""
+    rows = "\n".join(row.strip("│ ") for row in box.splitlines()[1:])
+    parts = [" ".join(part.split()) for part in re.split(r"(?m)^[─╰╯-]*$", rows)]  # between rules
+    message = re.sub(r"^Error parsing __tyro\S+: ", "", next(filter(None, parts), "not understood"))
+    meant = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts))
+    help_ = re.search(r"metatutor[\w :.-]* --help$", " ".join(parts).rstrip())
+    hint = f"; did you mean {meant.group(1)}?" if meant else f"; see {help_.group() if help_ else 'metatutor --help'}"
+    return message + hint
+
+
+@contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Ctrl-C while PyTorch is being imported, which takes seconds, ends the process: half a module helps nobody."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(*_: Any) -> None:
+        os.write(2, b"metatutor: interrupted\n")
+        os._exit(INTERRUPTED)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(status: int, message: str = "") -> None:
+    """Exit with a status after one line of printable characters, not too long."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads on, or the disk is full: what is left is not to be tried again at exit
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+    with suppress(OSError):
+        if line:
+            print(f"metatutor: {line if len(line) <= 1000 else line[:999] + '…'}", file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
 
@@ -165,7 +165,7 @@ class Episode:
     """
 
     support_images: Float[Tensor, "task support *image"]
-    support_labels: Int64[Tensor, "task support"] | Float[Tensor, "task support way"]
+    support_labels: Int[Tensor, "task support"] | Float[Tensor, "task support way"]
     query_images: Float[Tensor, "task query *image"]
     query_labels: Any = None  # as support_labels, if they are known
     n_way: int = 0
@@ -185,7 +185,7 @@ class Episode:
 
     @classmethod
     def unchecked(cls, *tensors: Tensor, n_way: int) -> Episode:
-        """An episode of tensors that were checked before, where values cannot be read: while tracing."""
+        """An episode of tensors `[task, ...]` that were checked before, where values cannot be read: while tracing."""
         made = object.__new__(cls)
         names = ("support_images", "support_labels", "query_images", "query_labels")
         vars(made).update(zip(names, tensors, strict=True), n_way=n_way)

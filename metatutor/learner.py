@@ -94,8 +94,8 @@ class Learner(Described, nn.Module, ABC):
         """
         answers = self(episode)
         if episode.query_labels.is_floating_point():
-            return (answers - episode.query_labels).pow(2).mean((1, 2))[:, None]
-        return (answers.argmax(-1) == episode.query_labels).float().mean(1)
+            return (answers - episode.query_labels).cpu().double().pow(2).mean((1, 2))[:, None]
+        return (answers.argmax(-1) == episode.query_labels).cpu().double().mean(1)
 
     def chunks(self, episode: Episode, at_once: int | None = None) -> Iterator[Episode]:
         """The tasks of an episode, as many at a time as the outer loop is to take; their gradients add up.
@@ -159,6 +159,17 @@ class Learner(Described, nn.Module, ABC):
         finally:
             self.train(was_training)
         return [names[i] for i in answers.tolist()]
+
+    def with_arguments(self, **changes: Any) -> Any:
+        """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
+
+        Raises:
+            ValueError: if what was learned does not fit the other arguments.
+        """
+        network = {"network": self.network} if hasattr(self, "network") else {}
+        made = type(self)(**network, **(self.arguments | changes))
+        load_parameters(made, self.state_dict(), "the learner")
+        return made.eval()
 
     def save(self, path: Path | str) -> None:
         """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle."""

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,7 +28,7 @@ from metatutor.learner import Learner, load_parameters
 HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
 CHECKPOINT = "checkpoint.pt"
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-_MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
+MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
@@ -179,6 +177,8 @@ def train(
     """
     if not learner.learns:
         raise ValueError(f"{type(learner).__name__} learns nothing before it sees a task; evaluate it as it is")
+    if validate is None and (config.keep == "best" or config.patience is not None):
+        raise ValueError("without `validate` no parameters are the best: give it, or leave keep and patience out")
     keep_freed_memory_once()
     accelerator, place = _accelerator(device, log_with, folder)
     share = _share(config.tasks_per_step, accelerator)
@@ -196,6 +196,8 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             state.load(folder / CHECKPOINT)
         if accelerator.num_processes > 1:
+            from accelerate.utils import broadcast
+
             broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
         progress = state.progress
         begun = time.perf_counter() - progress.seconds
@@ -233,7 +235,8 @@ def train(
                     raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
     if state.best is not None:
         learner.load_state_dict(state.best)
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     learner.eval()
     return progress.history
 
@@ -261,7 +264,7 @@ def accumulate(
 
 
 def _step(
-    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Accelerator, config: TrainConfig
+    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Any, config: TrainConfig
 ) -> float:
     """One step of the outer optimizer; no step if the loss is not finite."""
     optimizer.zero_grad()
@@ -284,7 +287,7 @@ def _step(
     return value
 
 
-def _mean(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+def _mean(accelerator: Any, tensor: Tensor) -> Tensor:
     return accelerator.reduce(tensor, reduction="mean")  # pyright: ignore[reportReturnType]
 
 
@@ -382,20 +385,21 @@ class _State:
             return
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            config = dict(state["config"])
+            config, progress, best = dict(state["config"]), _Progress(**state["progress"]), state["best"]
+            parts = [state[name] for name in ("learner", "optimizer", "scheduler", "sampler", "torch")]
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
-        changed = [k for k, v in asdict(self.config).items() if k not in _MAY_CHANGE and config.get(k) != v]
+        changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )
-        load_parameters(self.learner, state["learner"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.sampler.load_state_dict(state["sampler"])
-        torch.set_rng_state(state["torch"])
-        self.progress, self.best = _Progress(**state["progress"]), state["best"]
+        weights, *parts, random = parts
+        load_parameters(self.learner, weights, path)
+        for part, of in zip(parts, (self.optimizer, self.scheduler, self.sampler), strict=True):
+            of.load_state_dict(part)
+        torch.set_rng_state(random)
+        self.progress, self.best = progress, best
 
 
 @contextmanager
@@ -440,8 +444,10 @@ def check_device(device: str | None) -> torch.device | None:
     return place
 
 
-def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -> tuple[Accelerator, torch.device]:
+def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -> tuple[Any, torch.device]:
     """The accelerator, and where to compute."""
+    from accelerate import Accelerator  # a second to import
+
     place = check_device(device)
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = (place is not None and place.type == "cpu") or (many and not torch.cuda.is_available())
@@ -451,7 +457,7 @@ def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -
     return accelerator, place if place is not None and accelerator.num_processes == 1 else accelerator.device
 
 
-def _share(tasks_per_step: int, accelerator: Accelerator) -> slice:
+def _share(tasks_per_step: int, accelerator: Any) -> slice:
     """The tasks of each step that this process takes."""
     each, rest = divmod(tasks_per_step, accelerator.num_processes)
     if rest:

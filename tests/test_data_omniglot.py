@@ -12,12 +12,15 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +32,7 @@ from metatutor.data import omniglot as module
 from metatutor.data.omniglot import DownloadError, Omniglot, _Part, download, info, one_shot_runs, verify
 from metatutor.episodes import EpisodeSampler, EpisodeSpec
 
+OFFICIAL = module._OFFICIAL  # before a test replaces it
 REAL = os.environ.get("METATUTOR_DATA")
 needs_omniglot = pytest.mark.skipif(not REAL, reason="set METATUTOR_DATA to a folder with the real Omniglot")
 CHARACTERS = {
@@ -90,8 +94,16 @@ def parts(archives) -> tuple[_Part, ...]:
     return tuple(_Part(name, len(CHARACTERS[name]), digest_of(members)) for name, members in archives.items())
 
 
+@pytest.fixture
+def runs(run_members, monkeypatch) -> dict[str, bytes]:
+    """The members of an `all_runs.zip` that counts as the published one."""
+    drawings = {name: content for name, content in run_members.items() if name.endswith("png")}
+    monkeypatch.setattr(module, "_RUNS", _Part("all_runs", 40, digest_of(drawings)))
+    return run_members
+
+
 @pytest.fixture(scope="session")
-def runs() -> dict[str, bytes]:
+def run_members() -> dict[str, bytes]:
     """The members of an `all_runs.zip` whose items are their class drawn again, mirrored, in another order."""
     rng, members = np.random.default_rng(1), {}
     for run in (f"run{i:02}" for i in range(1, 21)):
@@ -110,7 +122,7 @@ def alone(tmp_path, monkeypatch):
     monkeypatch.setenv("METATUTOR_CACHE", str(tmp_path / "cache"))
     for name in ("METATUTOR_DATA", "METATUTOR_OMNIGLOT_URL"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", "http://127.0.0.1:9/official")
+    monkeypatch.setattr(module, "_OFFICIAL", "http://127.0.0.1:9/official")
 
 
 @pytest.fixture
@@ -161,6 +173,17 @@ def serve(folder: Path, handler: type[SimpleHTTPRequestHandler] = SimpleHTTPRequ
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Endless(SimpleHTTPRequestHandler):
+    """Sends and sends, and never says how much it will be."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(bytes(1 << 16))
 
 
 class Truncating(SimpleHTTPRequestHandler):
@@ -296,7 +319,7 @@ def test_a_missing_drawing_is_counted(tmp_path, archives, load):
 def test_a_missing_alphabet_is_counted(root, archives, load):
     members = {name: png for name, png in archives["images_background"].items() if "Latin" not in name}
     write_zip(root / "images_background.zip", members)
-    with pytest.raises(ValueError, match=r"2 characters in 1 alphabets, expected 3 characters"):
+    with pytest.raises(ValueError, match=r"2 folders of drawings, expected 3"):
         load(root)
 
 
@@ -327,6 +350,65 @@ def test_files_that_are_no_drawings_are_no_matter(root, archives, parts):
     assert verify(root, parts=parts).characters == 5
 
 
+@pytest.mark.parametrize("read", [Omniglot.load, verify, info, download])
+@pytest.mark.parametrize(
+    ("place", "finding"),
+    [
+        ("~nobody-here", r"is ~nobody-here: there is no such user"),
+        ("x" * 300, r"cannot read x+.*: .*[Nn]ame too long"),
+        ("x/" * 3000, r"cannot read x/.* … .*: .*[Nn]ame too long"),
+    ],
+)
+def test_a_place_that_cannot_be_is_named(parts, monkeypatch, read, place, finding):
+    monkeypatch.setenv("METATUTOR_DATA", place)
+    for root in (place, None):
+        with pytest.raises(ValueError, match=finding) as caught:
+            read(root, parts=parts)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("place", ["~nobody-here", "x" * 300])
+def test_a_cache_that_cannot_be_is_named(root, parts, monkeypatch, place):
+    monkeypatch.setenv("METATUTOR_CACHE", place)
+    for read in (Omniglot.load, info):
+        with pytest.raises(ValueError, match=r"METATUTOR_CACHE"):
+            read(root, parts=parts)
+
+
+def test_what_may_not_be_read_is_named(root, archives, parts, monkeypatch):
+    """Permissions do not bind everybody, root for one."""
+    unpack(archives["images_background"], root)
+    (root / "images_background.zip").unlink()
+    scandir, opening = os.scandir, Path.open
+
+    def refuse(path: Any, *args: Any) -> object:
+        if "Greek" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return (opening if args else scandir)(path, *args)
+
+    for owner, name in ((os, "scandir"), (Path, "open")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, refuse)
+            with pytest.raises(
+                ValueError, match=r"cannot read .*Greek.*: Permission denied; make it readable"
+            ) as caught:
+                verify(root, parts=parts)
+            assert caught.type is ValueError and "damaged" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [verify, info])
+@pytest.mark.parametrize("content", [b"", None])
+def test_damaged_runs_beside_the_rest_are_not_passed_over(root, parts, runs, read, content):
+    path = root / "all_runs.zip"
+    write_zip(path, runs)
+    read(root, parts=parts)
+    write_zip(path, {name: text for name, text in runs.items() if name.endswith("txt")})
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"all_runs\.zip is damaged or incomplete: (not a complete zip|0 folders)"):
+        read(root, parts=parts)
+
+
 def test_messages_are_one_line(tmp_path, root, parts):
     (root / "images_background.zip").write_bytes(b"\n")
     for place in (tmp_path / "nowhere", root):
@@ -350,8 +432,8 @@ def test_the_cache_is_one_file_a_size(tmp_path, root, load):
     for size in (28, 28, 14):
         load(root, image_size=size)
     assert [re.sub(r"[0-9a-f]{16}", "#", name) for name in files(tmp_path / "cache")] == [
-        "omniglot-v1-14px-#.safetensors",
-        "omniglot-v1-28px-#.safetensors",
+        "omniglot-v2-14px-#.npz",
+        "omniglot-v2-28px-#.npz",
     ]
 
 
@@ -376,13 +458,13 @@ def test_a_partial_copy_is_not_answered_from_the_cache_of_a_whole_one(tmp_path, 
     for name, members in archives.items():
         unpack(dict(list(members.items())[:20]), tmp_path / "partial")
         assert (tmp_path / "partial" / name).is_dir()
-    with pytest.raises(ValueError, match="1 characters in 1 alphabets, expected 3"):
+    with pytest.raises(ValueError, match="1 folders of drawings, expected 3"):
         load(tmp_path / "partial")
 
 
 def test_other_archives_with_the_same_files_have_another_cache(root, parts):
     Omniglot.load(root, parts=parts)
-    strict = (parts[0], _Part(parts[1].name, parts[1].characters, "0" * 64))
+    strict = (parts[0], _Part(parts[1].name, parts[1].folders, "0" * 64))
     with pytest.raises(ValueError, match="expected 000000000000…"):
         Omniglot.load(root, parts=strict)
 
@@ -395,16 +477,29 @@ def flip(content: bytes) -> bytes:
     return content[:-1000] + bytes([content[-1000] ^ 0xFF]) + content[-999:]
 
 
+def flip_each(content: bytes) -> Iterator[bytes]:
+    """One bit in every part of the file: numbers, names, pixels."""
+    for i in [*range(0, 300, 41), *range(len(content) - 1, len(content) - 1500, -127)]:
+        yield content[:i] + bytes([content[i] ^ 0x10]) + content[i + 1 :]
+
+
+def test_a_flipped_bit_in_the_cache_changes_nothing(tmp_path, root, load):
+    first = load(root)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for damaged in flip_each(cache.read_bytes()):
+        cache.write_bytes(damaged)
+        again = load(root)
+        assert torch.equal(again.images, first.images) and again.names == first.names
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, lambda _: b"", lambda _: b"nonsense" * 99])
 def test_a_damaged_cache_is_made_again(tmp_path, root, load, damage):
-    first = load(root)
-    expected = first.images.clone()
-    del first  # it maps the file
+    expected = load(root).images
     (cache,) = (tmp_path / "cache").iterdir()
     cache.write_bytes(damage(cache.read_bytes()))
     assert torch.equal(load(root).images, expected)
     again = module._read_cache(cache)
-    assert again is not None and torch.equal(again.images, expected)
+    assert again is not None and torch.equal(again[0], expected)
 
 
 def test_changing_loaded_images_leaves_the_cache_alone(root, load):
@@ -418,20 +513,19 @@ def test_changing_loaded_images_leaves_the_cache_alone(root, load):
 def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path, root, load, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("METATUTOR_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ValueError, match=r"cannot write omniglot-v1.* in .*file/cache .*METATUTOR_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot write omniglot-v2.* in .*file/cache .*METATUTOR_CACHE"):
         load(root)
     assert (tmp_path / "file").read_text() == "in the way"
 
 
 @pytest.mark.parametrize("reason", ["Read-only file system", "No space left on device"])
 def test_a_read_only_or_full_cache_is_an_error_and_leaves_nothing(tmp_path, root, load, monkeypatch, reason):
-    def refuse(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[:1000])
+    def refuse(file: io.BufferedWriter, **_: np.ndarray) -> None:
+        file.write(b"half")
         raise OSError(30, reason)
 
-    monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(ValueError, match=rf"cannot write omniglot-v1.*\({reason}\); make that folder writable"):
+    monkeypatch.setattr(np, "savez", refuse)
+    with pytest.raises(ValueError, match=rf"cannot write omniglot-v2.*\({reason}\); make that folder writable"):
         load(root)
     assert files(tmp_path / "cache") == []
 
@@ -443,6 +537,25 @@ def test_a_read_only_cache_folder_still_serves_what_it_holds(tmp_path, root, loa
         assert len(load(root).names) == 5
     finally:
         (tmp_path / "cache").chmod(stat.S_IRWXU)
+
+
+def test_what_a_killed_process_left_in_the_cache_goes(tmp_path, root, load, monkeypatch):
+    names = []
+
+    def kill(*_: object) -> None:
+        names.extend(path.name for path in (tmp_path / "cache").iterdir())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_ink", kill)
+        load(root)
+    (name,) = names
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    for i in range(8):
+        (tmp_path / "cache" / re.sub(r"-\d+-\w{8}\.tmp$", f"-{dead.pid}-{i:08}.tmp", name)).touch()
+    load(root)
+    assert len(files(tmp_path / "cache")) == 1
 
 
 def test_interrupted_decoding_leaves_no_cache(tmp_path, root, load, monkeypatch):
@@ -472,7 +585,7 @@ def test_a_zip_packed_again_by_a_mirror_is_welcome(tmp_path, root, parts, archiv
 
 def test_the_official_source_comes_first(tmp_path, root, parts, monkeypatch):
     with serve(root) as url:
-        monkeypatch.setattr(torchvision.datasets.Omniglot, "download_url_prefix", url)
+        monkeypatch.setattr(module, "_OFFICIAL", url)
         monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", "http://127.0.0.1:9/down")
         assert len(download(tmp_path / "new", parts=parts).sources) == 2
 
@@ -521,6 +634,30 @@ def test_half_a_download_leaves_nothing_behind(tmp_path, root, parts, monkeypatc
         with pytest.raises(DownloadError, match=rf"{url}/images_background\.zip \({reason}"):
             download(tmp_path / "new", parts=parts)
     assert files(tmp_path / "new") == []
+
+
+def test_an_endless_mirror_fills_no_disk(tmp_path, parts, monkeypatch):
+    monkeypatch.setattr(module, "_ZIP_BYTES", 1_000_000)
+    with serve(tmp_path, Endless) as url:
+        monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", url)
+        with pytest.raises(DownloadError, match=rf"{url}/images_background\.zip \(more than 1,000,000 bytes\)"):
+            download(tmp_path / "new", parts=parts)
+    assert files(tmp_path / "new") == []
+
+
+@pytest.mark.parametrize(
+    "mirror", ["http://[", "no-address", "ftp://127.0.0.1", "http://.example.com", "http://\x1b[2J"]
+)
+def test_an_address_that_is_none_is_named(tmp_path, parts, monkeypatch, mirror):
+    monkeypatch.setenv("METATUTOR_OMNIGLOT_URL", mirror)
+    with pytest.raises(DownloadError) as caught:
+        download(tmp_path / "new", parts=parts)
+    message = str(caught.value)
+    assert message.isprintable() and mirror.replace("\x1b", "?") + "/images_background.zip (" in message
+
+
+def test_the_official_address_is_torchvisions():
+    assert torchvision.datasets.Omniglot.download_url_prefix == OFFICIAL
 
 
 def test_a_mirror_with_other_pixels_is_passed_over(tmp_path, root, archives, parts, monkeypatch):
@@ -638,12 +775,18 @@ def drop_item(runs: dict[str, bytes]) -> dict[str, bytes]:
     return {name: content for name, content in runs.items() if name != "run07/test/item03.png"}
 
 
+def mirror_item(runs: dict[str, bytes]) -> dict[str, bytes]:
+    image = Image.open(io.BytesIO(runs["run07/test/item03.png"]))
+    return runs | {"run07/test/item03.png": png(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))}
+
+
 @pytest.mark.parametrize(
     ("damage", "finding"),
     [
         (drop_line, r"run07/class_labels\.txt pairs 19 items, expected each of 20"),
         (drop_labels, r"cannot read run07/class_labels\.txt"),
-        (drop_item, r"cannot read run07/test/item03\.png"),
+        (drop_item, "19 drawings of run07/test, expected 20"),
+        (mirror_item, "the pixels or names of its 800 drawings differ from those published"),
     ],
 )
 def test_incomplete_runs_are_refused(tmp_path, runs, damage, finding):
@@ -666,6 +809,27 @@ def test_runs_are_downloaded_like_the_rest(tmp_path, root, parts, runs, monkeypa
         download(tmp_path / "new", runs=True, parts=parts)
     assert "omniglot-py/all_runs.zip" in files(tmp_path / "new")
     assert len(one_shot_runs(tmp_path / "new")) == 20
+
+
+# --- what is imported, and when ---
+
+
+def test_what_a_reader_may_never_need_is_imported_where_it_is_used():
+    program = """
+import sys, types
+package = types.ModuleType("metatutor")
+package.__path__ = sys.argv[1:]  # without what `metatutor` itself imports
+sys.modules["metatutor"] = package
+import torch
+before = set(sys.modules)
+import metatutor.data
+print(*({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+    command = [sys.executable, "-c", program, str(Path(module.__file__).parents[1])]
+    imported = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert "metatutor" in imported
+    assert not imported & {"PIL", "pooch", "requests", "torchvision", "platformdirs", "psutil", "tqdm", "safetensors"}
+    assert not imported & {"fcntl", "resource", "pwd"}, "Windows has none"
 
 
 # --- reports ---
@@ -704,7 +868,7 @@ def test_real_splits_are_whole(real):
 
 
 @needs_omniglot
-@pytest.mark.skipif(not (REAL and module._find(Path(REAL), "all_runs")), reason="METATUTOR_DATA holds no all_runs")
+@pytest.mark.skipif(not (REAL and module._find(Path(REAL), module._RUNS)), reason="METATUTOR_DATA holds no all_runs")
 def test_in_lakes_runs_item_and_class_are_drawings_of_one_character(real):
     character = {drawn.numpy().tobytes(): c for c in range(964, 1623) for drawn in real.images[c]}
     episode = one_shot_runs(REAL)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec, StreamSampler
+from metatutor.episodes import ClassificationSampler, ClassImages, Episode, EpisodeSampler, EpisodeSpec
 
 FIELDS = ("support_images", "support_labels", "query_images", "query_labels")
-every_sampler = pytest.mark.parametrize("kind", [EpisodeSampler, StreamSampler])
 
 
 def numbered(n_classes: int, drawings: int, *, rotations: bool = False) -> ClassImages:
@@ -52,10 +52,10 @@ class Request:
     spare_drawings: int
     seed: int
 
-    def sampler(self, kind: type[EpisodeSampler] = EpisodeSampler) -> EpisodeSampler:
+    def sampler(self) -> EpisodeSampler:
         drawings = self.k_shot + self.n_query + self.spare_drawings
         classes = numbered(self.n_classes, drawings, rotations=self.rotations)
-        return kind(classes, EpisodeSpec(self.n_way, self.k_shot, self.n_query), seed=self.seed)
+        return EpisodeSampler(classes, EpisodeSpec(self.n_way, self.k_shot, self.n_query), seed=self.seed)
 
 
 @st.composite
@@ -82,12 +82,9 @@ def joined(episodes: list[Episode]) -> Episode:
 # --- what a task is --------------------------------------------------------------------------------------------
 
 
-@every_sampler
 @given(requests(), st.integers(1, 5))
-def test_a_task_is_exactly_n_way_k_shot_with_disjoint_drawings_and_right_labels(
-    kind: type[EpisodeSampler], ask: Request, n_tasks: int
-):
-    sampler = ask.sampler(kind)
+def test_a_task_is_exactly_n_way_k_shot_with_disjoint_drawings_and_right_labels(ask: Request, n_tasks: int):
+    sampler = ask.sampler()
     spec = sampler.spec
     episode, classes = sampler.sample_with_classes(n_tasks)
     assert len(episode) == n_tasks
@@ -117,11 +114,10 @@ def test_pixels_are_between_0_and_1():
     assert torch.allclose(pixels.sort().values, torch.tensor([0.0, 0.2, 1.0]))
 
 
-@every_sampler
 @pytest.mark.parametrize("rotations", [False, True])
-def test_every_class_and_every_drawing_is_drawn_equally_often(kind: type[EpisodeSampler], rotations: bool):
+def test_every_class_and_every_drawing_is_drawn_equally_often(rotations: bool):
     n_classes, n_tasks = 28 if rotations else 7, 3000
-    sampler = kind(numbered(7, 5, rotations=rotations), EpisodeSpec(3, 1, 1), seed=1)
+    sampler = EpisodeSampler(numbered(7, 5, rotations=rotations), EpisodeSpec(3, 1, 1), seed=1)
     episode, classes = sampler.sample_with_classes(n_tasks)
 
     def as_expected(counts: Tensor, chance: float) -> bool:
@@ -151,10 +147,9 @@ def test_classes_are_drawn_independently_of_each_other():
 # --- seeds -----------------------------------------------------------------------------------------------------
 
 
-@every_sampler
-def test_same_seed_same_episodes_whatever_the_global_generator(kind: type[EpisodeSampler]):
+def test_same_seed_same_episodes_whatever_the_global_generator():
     def draw(seed: int) -> list[Episode]:
-        sampler = kind(numbered(9, 8, rotations=True), EpisodeSpec(5, 2, 3), seed=seed)
+        sampler = EpisodeSampler(numbered(9, 8, rotations=True), EpisodeSpec(5, 2, 3), seed=seed)
         return [sampler.sample(2), sampler.sample(2)]
 
     torch.manual_seed(1)
@@ -171,14 +166,11 @@ def test_same_seed_same_episodes_whatever_the_global_generator(kind: type[Episod
     assert torch.equal(torch.get_rng_state(), state)  # the global generator was not touched
 
 
-@every_sampler
 @given(requests(), st.lists(st.integers(1, 4), min_size=1, max_size=4))
-def test_a_stream_of_tasks_is_the_same_however_many_are_drawn_at_once(
-    kind: type[EpisodeSampler], ask: Request, sizes: list[int]
-):
-    in_pieces = ask.sampler(kind)
+def test_a_stream_of_tasks_is_the_same_however_many_are_drawn_at_once(ask: Request, sizes: list[int]):
+    in_pieces = ask.sampler()
     pieces = joined([in_pieces.sample(size) for size in sizes])
-    assert same(ask.sampler(kind).sample(sum(sizes)), pieces)
+    assert same(ask.sampler().sample(sum(sizes)), pieces)
 
 
 def test_seed_0_stays_what_recorded_runs_were_made_with():
@@ -190,7 +182,9 @@ def test_seed_0_stays_what_recorded_runs_were_made_with():
     def drawings(images: Tensor) -> list[list[int]]:
         return [[read(image, True)[1] for image in of_task] for of_task in images]
 
-    assert drawings(episode.support_images) == [[8, 17, 6, 10, 16], [9, 16, 15, 6, 0]]
+    by_class = episode.support_images[torch.arange(2)[:, None], episode.support_labels.argsort(1)]
+    assert drawings(by_class) == [[8, 17, 6, 10, 16], [9, 16, 15, 6, 0]]
+    assert episode.support_labels.tolist() == [[2, 4, 1, 3, 0], [1, 4, 2, 3, 0]]
     assert drawings(episode.query_images) == [
         [12, 14, 16, 19, 12, 10, 8, 18, 17, 6],
         [2, 16, 4, 1, 14, 16, 0, 16, 3, 9],
@@ -203,7 +197,7 @@ def test_seed_0_stays_what_recorded_runs_were_made_with():
 
 def test_the_support_images_of_a_stream_come_in_every_order_equally_often():
     """Two classes, two images each: 24 orders of the images, whatever their classes."""
-    sampler = StreamSampler(numbered(5, 3), EpisodeSpec(2, 2, 1), seed=0)
+    sampler = EpisodeSampler(numbered(5, 3), EpisodeSpec(2, 2, 1), seed=0)
     episode, classes = sampler.sample_with_classes(3000)
     assert Counter(tuple(labels) for labels in episode.support_labels.tolist()).keys() == {
         (0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0)
@@ -219,33 +213,51 @@ def test_the_support_images_of_a_stream_come_in_every_order_equally_often():
 
 def test_the_order_of_a_stream_says_nothing_of_its_classes():
     """The first image is of every class equally often, and of every label."""
-    episode, classes = StreamSampler(numbered(6, 2), EpisodeSpec(3, 1, 1), seed=2).sample_with_classes(3000)
+    episode, classes = EpisodeSampler(numbered(6, 2), EpisodeSpec(3, 1, 1), seed=2).sample_with_classes(3000)
     first = episode.support_labels[:, 0]
     for counts, n in ((first.bincount(), 3), (classes[torch.arange(3000), first].bincount(), 6)):
         assert len(counts) == n
         assert ((counts - 3000 / n).abs() < 5 * (3000 / n * (1 - 1 / n)) ** 0.5).all()
 
 
-def test_a_sampler_of_sets_does_not_shuffle():
-    """What recorded runs were made with: the support images class by class."""
-    labels = EpisodeSampler(numbered(6, 4), EpisodeSpec(3, 2, 1), seed=0).sample(50).support_labels
-    assert torch.equal(labels, torch.tensor([0, 0, 1, 1, 2, 2]).expand(50, -1))
+def test_the_order_has_a_generator_of_its_own():
+    """So that tasks are what they were when recorded runs were made, and one image a class is no special case."""
+    sampler = EpisodeSampler(numbered(9, 8), EpisodeSpec(5, 2, 3), seed=3)
+    before = sampler.generator.get_state()
+    assert torch.equal(sampler.order.get_state(), before)
+    sampler.sample(3)
+    drawn = torch.Generator().manual_seed(3)
+    torch.rand(3, 9 + 5 + 5 * 8, dtype=torch.float64, generator=drawn)
+    assert torch.equal(sampler.generator.get_state(), drawn.get_state())
 
 
-def test_seed_0_of_streams_stays_what_recorded_runs_were_made_with():
-    """As for `EpisodeSampler`: the numbers below are not computed by the test."""
-    sampler = StreamSampler(numbered(50, 20, rotations=True), EpisodeSpec(5, 2, 1), seed=0)
-    episode, classes = sampler.sample_with_classes(2)
-    assert classes.tolist() == [[195, 1, 12, 143, 199], [4, 189, 85, 35, 131]]
-    assert episode.support_labels.tolist() == [[2, 4, 0, 1, 2, 0, 3, 3, 4, 1], [4, 2, 0, 3, 1, 0, 3, 4, 1, 2]]
-    drawings = [[read(image, True)[1] for image in of_task] for of_task in episode.support_images]
-    assert drawings == [[12, 16, 12, 17, 6, 8, 8, 10, 17, 16], [11, 4, 14, 10, 6, 6, 13, 19, 16, 5]]
+@pytest.mark.parametrize("draw", ["sampler", "mini_batches"])
+def test_a_sampler_goes_on_where_its_state_was_taken(draw: str):
+    def sampler(seed: int) -> EpisodeSampler | ClassificationSampler:
+        return getattr(numbered(9, 8), draw)(EpisodeSpec(5, 2, 3), seed=seed)
+
+    one, other = sampler(0), sampler(1)
+    one.sample(2)
+    other.load_state_dict(one.state_dict())
+    assert same(one.sample(3), other.sample(3))
 
 
-def test_impossible_streams_say_what_to_do(class_images: Callable[..., ClassImages]):
-    message = "k_shot + n_query = 5 exceeds the 4 drawings of class 'class0'; lower n_query"
-    with pytest.raises(ValueError, match=exactly(message)):
-        StreamSampler(class_images(n_classes=3, drawings=4), EpisodeSpec(2, 4, 1))
+# --- classes of unlike numbers of images -------------------------------------------------------------------------
+
+
+def test_images_beyond_a_classs_own_are_never_drawn():
+    counts = torch.tensor([3, 5, 4, 8])
+    classes = ClassImages(numbered(4, 8).images, list("abcd"), counts=counts)
+    episode = EpisodeSampler(classes, EpisodeSpec(3, 1, 2)).sample(500)
+    images = torch.cat([episode.support_images, episode.query_images], dim=1)
+    drawn = Counter(read(image, False) for image in images.flatten(0, 1))
+    assert drawn.keys() == {(c, d) for c in range(4) for d in range(int(counts[c]))}
+    batch = classes.mini_batches(EpisodeSpec(3, 1, 2)).sample(300).query_images
+    assert {read(image, False) for image in batch.flatten(0, 1)} == drawn.keys()
+    with pytest.raises(
+        ValueError, match=exactly("k_shot + n_query = 4 exceeds the 3 drawings of class 'a'; lower n_query")
+    ):
+        EpisodeSampler(classes, EpisodeSpec(3, 1, 3))
 
 
 # --- rotations -------------------------------------------------------------------------------------------------
@@ -315,11 +327,81 @@ def test_sizes_of_a_spec():
                 EpisodeSpec(**{name: size})
 
 
+def test_any_integer_is_a_size_and_nothing_else(unchecked_types: None):
+    import numpy as np
+
+    three: Any = np.int64(3)
+    assert EpisodeSpec(three, np.int32(2), 4) == EpisodeSpec(3, 2, 4)  # pyright: ignore[reportArgumentType]
+    assert type(EpisodeSpec(three).n_way) is int
+    for size in (True, 2.0, "3"):
+        with pytest.raises(ValueError, match=exactly(f"n_way must be a positive integer, got {size!r}")):
+            EpisodeSpec(n_way=size)  # pyright: ignore[reportArgumentType]
+
+
+IMAGES, LABELS = torch.rand(2, 3, 1, 4, 4), torch.tensor([[0, 1, 2], [2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"support_labels": LABELS + 1}, "support_labels run from 1 to 3, but those of 3 classes from 0 to 2"),
+        ({"support_labels": LABELS.clamp(min=1)}, "class 0 of n_way = 3 has no support image in some task"),
+        ({"query_labels": LABELS - 1}, "query_labels run from -1 to 1, but those of 3 classes"),
+        ({"support_labels": LABELS.float()}, r"targets of a regression, [task, point, 3], got [2, 3]"),
+        ({"support_labels": LABELS[:, :2]}, "support_labels must be [task, image], here [2, 3], got [2, 2]"),
+        ({"support_labels": LABELS[0]}, "a batch of one task has a task axis too, as in labels[None]"),
+        ({"support_images": IMAGES[0, 0, 0]}, "one task needs images[None]"),
+        ({"support_images": (255 * IMAGES).byte()}, "must be floats, 0 (paper) to 1 (ink), got torch.uint8"),
+        ({"query_images": IMAGES[:1], "query_labels": None}, "2 tasks of support images but 1 of query images"),
+    ],
+)
+def test_an_episode_says_what_is_wrong(unchecked_types: None, changed: dict[str, Tensor], message: str):
+    fields = {"support_images": IMAGES, "support_labels": LABELS, "query_images": IMAGES, "query_labels": LABELS}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Episode(**(fields | changed), n_way=3)
+
+
+def test_an_episode_needs_no_query_labels_and_counts_its_ways():
+    episode = Episode(IMAGES, LABELS.int(), IMAGES)  # pyright: ignore[reportArgumentType]
+    assert (episode.n_way, episode.query_labels, episode.support_labels.dtype) == (3, None, torch.int64)
+    assert episode.task(1).query_labels is None
+    points = torch.rand(2, 3, 4)
+    assert Episode(points, points[..., :2], points, points[..., :2]).n_way == 2
+
+
+def test_another_dtype_is_for_pixels_and_targets_not_for_labels():
+    episode = Episode(IMAGES, LABELS, IMAGES, LABELS).to(torch.float64)
+    assert {episode.support_images.dtype, episode.query_images.dtype} == {torch.float64}
+    assert {episode.support_labels.dtype, episode.query_labels.dtype} == {torch.int64}
+    moved = episode.to("cpu", torch.float32)
+    assert (moved.query_images.dtype, moved.query_labels.dtype) == (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(3, 2, 1, 4, 4), "images must be uint8, 0 (paper) to 255 (ink), got torch.float32"),
+        (
+            torch.zeros(3, 2, 8, 8, 3, dtype=torch.uint8),
+            "images come channels last, [3, 2, 8, 8, 3]; give images.movedim",
+        ),
+        (
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            "images must be [class, drawing, channel, height, width], got [3, 8, 8]",
+        ),
+    ],
+)
+def test_images_of_classes_are_bytes_channels_first(unchecked_types: None, images: Tensor, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ClassImages(images, list("abc"))
+
+
 def test_impossible_requests_say_what_to_do(class_images: Callable[..., ClassImages]):
     classes = class_images(n_classes=3, drawings=4)
     for spec, message in (
         (EpisodeSpec(4, 1, 1), "n_way = 4 exceeds the 3 classes of this split; lower n_way"),
         (EpisodeSpec(2, 2, 3), "k_shot + n_query = 5 exceeds the 4 drawings of class 'class0'; lower n_query"),
+        (EpisodeSpec(2, 4, 1), "k_shot + n_query = 5 exceeds the 4 drawings of class 'class0'; lower k_shot"),
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             EpisodeSampler(classes, spec)

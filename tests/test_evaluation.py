@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -13,23 +12,13 @@ from torch import Tensor, nn
 
 from metatutor.backbones import MLP, ConvNet, Pixels
 from metatutor.data import Sinusoids
-from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec, StreamSampler
-from metatutor.evaluation import (
-    ByInstance,
-    Evaluation,
-    Regression,
-    accuracies,
-    confidence95,
-    evaluate,
-    evaluate_regression,
-    evaluate_stream,
-    instance_accuracies,
-    instances,
-    ordinal,
-    squared_errors,
-)
-from metatutor.learner import Learner, Parameters
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
+from metatutor.evaluation import Evaluation, confidence95, evaluate, is_transductive, ordinal, scores
+from metatutor.functional import Parameters
+from metatutor.learner import Learner
 from metatutor.memory import MANN, FeedForward
+from metatutor.memory.stream import instances
+from metatutor.metric import Prototypical
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.optimization.base import AdaptingLearner
 
@@ -49,7 +38,7 @@ class Scripted(Learner):
         self.seen.append((self.training, torch.is_grad_enabled()))
         answers = episode.query_labels.clone()
         for task in range(len(episode)):
-            right = self.left.pop(0)
+            right = self.left.pop(0) if self.left else 0
             answers[task, right:] = (answers[task, right:] + 1) % episode.n_way
         return nn.functional.one_hot(answers, episode.n_way).float()
 
@@ -67,8 +56,9 @@ class NearestSupport(Learner):
     """The class of the nearest support image, pixel by pixel."""
 
     def forward(self, episode: Episode) -> Tensor:
-        distances = torch.cdist(episode.query_images.flatten(2), episode.support_images.flatten(2))
-        return -distances  # one shot: support image `i` is of class `i`
+        nearness = -torch.cdist(episode.query_images.flatten(2), episode.support_images.flatten(2))
+        places = episode.support_labels.argsort(1)[:, None].expand_as(nearness)  # one shot: of class 0, 1, 2
+        return nearness.gather(2, places)
 
 
 class Broken(Learner):
@@ -96,7 +86,7 @@ def test_the_interval_covers_the_truth_in_19_of_20_cases():
 
 
 def test_accuracies_are_of_tasks_in_their_order(class_images: Classes):
-    found = accuracies(Scripted([12, 0, 6, 3]), EpisodeSampler(class_images(), SPEC), 4, tasks_per_batch=3)
+    found = scores(Scripted([12, 0, 6, 3]), EpisodeSampler(class_images(), SPEC), 4, tasks_per_batch=3)
     assert found.tolist() == [1.0, 0.0, 0.5, 0.25]
 
 
@@ -125,7 +115,7 @@ def test_the_result_does_not_depend_on_how_many_tasks_are_answered_at_once(class
 
 
 def test_more_episodes_begin_with_the_same_ones(class_images: Classes):
-    few, more = (accuracies(Guessing(), EpisodeSampler(class_images(), SPEC, seed=1), n) for n in (10, 40))
+    few, more = (scores(Guessing(), EpisodeSampler(class_images(), SPEC, seed=1), n) for n in (10, 40))
     assert torch.equal(more[:10], few)
 
 
@@ -133,7 +123,7 @@ def test_more_episodes_begin_with_the_same_ones(class_images: Classes):
 def test_evaluates_in_evaluation_mode_without_gradients_and_restores_the_mode(class_images: Classes, training: bool):
     learner = Scripted([12] * 6).train(training)
     evaluate(learner, class_images(), SPEC, n_episodes=6, tasks_per_batch=4)
-    assert learner.seen == [(False, False)] * 2
+    assert learner.seen == [(False, False)] * 4  # two batches, and two questions about one task
     assert learner.training is training
     assert torch.is_grad_enabled()
     broken = Broken().train(training)
@@ -163,7 +153,9 @@ def test_what_is_recorded(class_images: Classes):
     result = evaluate(MAML(network), classes, SPEC, n_episodes=2, seed=7, split="strokes-0/test")
     expected = {"n_way": 3, "k_shot": 1, "n_query": 4, "n_episodes": 2, "seed": 7, "split": "strokes-0/test"}
     expected |= {"normalization": "support", "transductive": False}
-    assert {name: value for name, value in asdict(result).items() if name not in ("accuracy", "ci95")} == expected
+    assert result.record() == expected | {"accuracy": result.accuracy, "ci95": result.ci95}
+    assert Evaluation.from_record(result.record() | {"name": "another key"}) == result
+    assert torch.equal(result.values, scores(MAML(network), classes.sampler(SPEC, seed=7), 2))
     network.normalization = "batch"
     assert evaluate(MAML(network), classes, SPEC, n_episodes=2).transductive
     result = evaluate(Scripted([12, 12]), classes, SPEC, n_episodes=2)
@@ -175,7 +167,7 @@ def test_what_is_recorded(class_images: Classes):
     [(0.9871, 0.0023, "98.7 ± 0.2%"), (1.0, 0.0, "100.0 ± 0.0%"), (0.2, 0.01251, "20.0 ± 1.3%")],
 )
 def test_prints_as_a_cell_of_a_papers_table(accuracy: float, ci95: float, cell: str):
-    assert str(Evaluation(accuracy, ci95, 1000, 5, 1, 15, "random-0/test", 0, "batch", True)) == cell
+    assert str(Evaluation("accuracy", accuracy, ci95, 1000, 5, 1, 15, "random-0/test", 0, "batch", True)) == cell
 
 
 @pytest.mark.parametrize("n_episodes", [1, 0, -3])
@@ -216,7 +208,7 @@ class BrokenStream(Hitting):
 
 def accuracies_by_a_loop(classes: ClassImages, seed: int, n_episodes: int) -> np.ndarray:
     """`[task, instance]`: how many of the three classes were answered rightly when they came so often before."""
-    episode = StreamSampler(classes, STREAM, seed=seed).sample(n_episodes)
+    episode = EpisodeSampler(classes, STREAM, seed=seed).sample(n_episodes)
     found = np.zeros((n_episodes, STREAM.k_shot))
     for task, images in enumerate(episode.support_images):
         came = [0, 0, 0]
@@ -233,26 +225,27 @@ def test_instances_by_a_loop():
 
 
 def test_accuracies_by_instance_by_a_loop(class_images: Classes):
-    sampler = StreamSampler(class_images(), STREAM, seed=3)
-    found = instance_accuracies(Hitting(), sampler, 7, tasks_per_batch=3)
+    sampler = EpisodeSampler(class_images(), STREAM, seed=3)
+    found = scores(Hitting(), sampler, 7, stream=True, tasks_per_batch=3)
     assert found.shape == (7, 4) and found.dtype == torch.float64
     assert np.allclose(found.numpy(), accuracies_by_a_loop(class_images(), 3, 7), atol=1e-12)
     assert 0.4 < found.mean() < 0.9
 
 
 def test_means_and_intervals_by_instance_by_hand(class_images: Classes):
-    result = evaluate_stream(Hitting(), class_images(), STREAM, n_episodes=30, seed=5, split="strokes-0/test")
+    result = evaluate(Hitting(), class_images(), STREAM, stream=True, n_episodes=30, seed=5, split="strokes-0/test")
     of_tasks = accuracies_by_a_loop(class_images(), 5, 30)
-    assert result.accuracy_by_instance == pytest.approx(of_tasks.mean(0).tolist(), abs=1e-12)
-    assert result.ci95_by_instance == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 30**0.5).tolist(), abs=1e-12)
-    expected = {"n_episodes": 30, "n_way": 3, "k_shot": 4, "split": "strokes-0/test", "seed": 5}
+    assert result.mean == pytest.approx(of_tasks.mean(0).tolist(), abs=1e-12)
+    assert result.ci95 == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 30**0.5).tolist(), abs=1e-12)
+    expected = {"n_episodes": 30, "n_way": 3, "k_shot": 4, "n_query": 1, "split": "strokes-0/test", "seed": 5}
     expected |= {"normalization": "none", "transductive": False}
-    assert {name: value for name, value in asdict(result).items() if not name.endswith("_by_instance")} == expected
+    assert result.record() == expected | {"accuracy_by_instance": result.mean, "ci95_by_instance": result.ci95}
+    assert Evaluation.from_record(result.record()) == result
 
 
 def test_what_is_recorded_of_a_stream(class_images: Classes):
     network = ConvNet(filters=4, n_blocks=2, image_size=8, normalization="group")
-    result = evaluate_stream(MANN(network, n_way=3), class_images(), STREAM, n_episodes=2)
+    result = evaluate(MANN(network, n_way=3), class_images(), STREAM, stream=True, n_episodes=2)
     assert (result.normalization, result.transductive) == ("group", False)
 
 
@@ -262,25 +255,26 @@ def test_streams_are_the_same_however_many_are_answered_at_once(class_images: Cl
     for parameter in learner.parameters():  # large, so that the answers are not always the same
         parameter.data = torch.randn(parameter.shape, generator=generator)
     results = [
-        evaluate_stream(learner, class_images(), STREAM, n_episodes=20, tasks_per_batch=tasks) for tasks in (1, 7, 32)
+        evaluate(learner, class_images(), STREAM, stream=True, n_episodes=20, tasks_per_batch=tasks)
+        for tasks in (1, 7, 32)
     ]
     assert results == [results[0]] * 3
-    few, more = (instance_accuracies(learner, StreamSampler(class_images(), STREAM), n) for n in (10, 40))
+    few, more = (scores(learner, EpisodeSampler(class_images(), STREAM), n, stream=True) for n in (10, 40))
     assert torch.equal(more[:10], few)
-    other = evaluate_stream(learner, class_images(), STREAM, n_episodes=20, seed=1)
-    assert other.accuracy_by_instance != results[0].accuracy_by_instance
+    other = evaluate(learner, class_images(), STREAM, stream=True, n_episodes=20, seed=1)
+    assert other.mean != results[0].mean
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_streams_are_answered_in_evaluation_mode_without_gradients(class_images: Classes, training: bool):
     learner = Hitting().train(training)
-    evaluate_stream(learner, class_images(), STREAM, n_episodes=6, tasks_per_batch=4)
+    evaluate(learner, class_images(), STREAM, stream=True, n_episodes=6, tasks_per_batch=4)
     assert learner.seen == [(False, False, 4), (False, False, 2)]
     assert learner.training is training
     assert torch.is_grad_enabled()
     broken = BrokenStream().train(training)
     with pytest.raises(RuntimeError, match="broken"):
-        evaluate_stream(broken, class_images(), STREAM, n_episodes=2)
+        evaluate(broken, class_images(), STREAM, stream=True, n_episodes=2)
     assert broken.training is training
 
 
@@ -296,7 +290,8 @@ def test_streams_are_answered_in_evaluation_mode_without_gradients(class_images:
 )
 def test_prints_the_instances_of_a_papers_table(k_shot: int, sentence: str):
     tenths, hundredths = ([i / of for i in range(1, k_shot + 1)] for of in (10, 100))
-    result = ByInstance(tenths, hundredths, 100, 5, k_shot, "random-0/test", 0, "none", False)
+    spec = (5, k_shot, 1)
+    result = Evaluation("accuracy_by_instance", tenths, hundredths, 100, *spec, "random-0/test", 0, "none", False)
     assert str(result) == sentence
     assert result.cell(k_shot) == f"{10 * k_shot}.0 ± {k_shot}.0%"
 
@@ -310,7 +305,7 @@ def test_ordinals():
 def test_no_interval_of_fewer_than_two_streams(class_images: Classes, n_episodes: int):
     message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        evaluate_stream(Hitting(), class_images(), STREAM, n_episodes=n_episodes)
+        evaluate(Hitting(), class_images(), STREAM, stream=True, n_episodes=n_episodes)
 
 
 # --- regression ------------------------------------------------------------------------------------------------
@@ -322,19 +317,19 @@ WAVES = EpisodeSpec(n_way=1, k_shot=4, n_query=6)
 class Approaching(AdaptingLearner):
     """Knows each task's waves from its support set: after every step, half of the way from 0 is left."""
 
-    def __init__(self) -> None:
-        super().__init__(MLP(1, 1, hidden=()), inner_steps=1)
+    def __init__(self, steps: int = 1) -> None:
+        super().__init__(MLP(1, 1, hidden=()), inner_steps=1, test_inner_steps=steps)
         for parameter in self.network.parameters():
             nn.init.zeros_(parameter)
 
-    def inner_step(self, parameters: Parameters, memory: object, episode: Episode, step: int) -> tuple[Parameters, int]:
+    def inner_step(self, parameters: Parameters, state: object, episode: Episode, step: int) -> tuple[Parameters, int]:
         means = episode.support_labels.mean(1)  # [task, 1]
         return parameters | {"head.bias": (1 - 0.5 ** (step + 1)) * means}, step
 
 
 def test_squared_errors_by_hand():
     """The answer to every query is 0, then 1/2, then 3/4 of the mean support target of its own task."""
-    found = squared_errors(Approaching(), Sinusoids().sampler(WAVES, seed=3), 7, inner_steps=2)
+    found = scores(Approaching(2), Sinusoids().sampler(WAVES, seed=3), 7)
     episode = Sinusoids().sampler(WAVES, seed=3).sample(7)
     for task in range(7):
         mean = np.mean(episode.support_labels[task].numpy().astype(float))
@@ -346,14 +341,16 @@ def test_squared_errors_by_hand():
 
 @pytest.mark.parametrize("method", [MAML, Reptile, ImplicitMAML, MetaLSTM])
 def test_squared_errors_are_those_of_the_adapted_learner(method: Callable[..., AdaptingLearner]):
-    """After each step as if it were the last one; so many as are asked for, whatever the learner's own numbers."""
+    """After each step as if it were the last one; as many as the learner takes at the test."""
+    # in training mode it would take others
     options = {} if method is MetaLSTM else {"inner_lr": 0.01}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        learner = method(MLP(hidden=(5,)), **options)
-    found = squared_errors(learner, Sinusoids().sampler(WAVES, seed=3), 5, inner_steps=3)
+        learner = method(MLP(hidden=(5,)), test_inner_steps=3, **options)
+    found = scores(learner, Sinusoids().sampler(WAVES, seed=3), 5)
     episode = Sinusoids().sampler(WAVES, seed=3).sample(5)
     assert found.shape == (5, 4)
+    learner.eval()
     for step in range(4):
         outputs = learner.query_logits(episode, learner.adapt(episode, step))
         expected = (outputs - episode.query_labels).pow(2).mean((1, 2)).double()
@@ -362,40 +359,43 @@ def test_squared_errors_are_those_of_the_adapted_learner(method: Callable[..., A
 
 
 def test_regression_mean_and_interval_by_hand():
-    result = evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=9, seed=3, inner_steps=2)
-    of_tasks = squared_errors(Approaching(), Sinusoids().sampler(WAVES, seed=3), 9, inner_steps=2).numpy()
-    assert result.mse_by_step == pytest.approx(of_tasks.mean(0).tolist(), rel=1e-12)
-    assert result.ci95_by_step == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 3).tolist(), rel=1e-12)
-    expected = {"n_episodes": 9, "k_shot": 4, "n_query": 6, "seed": 3}
-    assert {n: v for n, v in asdict(result).items() if not n.endswith("_by_step")} == expected
-    assert len(evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=2, inner_steps=0).mse_by_step) == 1
+    result = evaluate(Approaching(2), Sinusoids(), WAVES, n_episodes=9, seed=3)
+    of_tasks = scores(Approaching(2), Sinusoids().sampler(WAVES, seed=3), 9).numpy()
+    assert result.mean == pytest.approx(of_tasks.mean(0).tolist(), rel=1e-12)
+    assert result.ci95 == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 3).tolist(), rel=1e-12)
+    expected = {"n_episodes": 9, "n_way": 1, "k_shot": 4, "n_query": 6, "seed": 3, "split": ""}
+    expected |= {"normalization": "none", "transductive": False}
+    assert result.record() == expected | {"mse_by_step": result.mean, "ci95_by_step": result.ci95}
+    with pytest.raises(ValueError, match="^this evaluation has the mse_by_step, see its mean$"):
+        _ = result.accuracy
+    assert len(evaluate(Approaching(0), Sinusoids(), WAVES, n_episodes=2).mean) == 1
 
 
 def test_the_error_of_zero_is_what_the_waves_say():
     """The mean of `(a sin u)^2` over amplitudes from 1 to 2 and half a period of phases: half the mean of `a^2`."""
-    result = evaluate_regression(Approaching(), Sinusoids((1.0, 2.0)), WAVES, n_episodes=2000, inner_steps=0)
-    assert abs(result.mse_by_step[0] - (2**3 - 1) / 3 / 2) < 2 * result.ci95_by_step[0]
-    assert 0 < result.ci95_by_step[0] < 0.05
+    result = evaluate(Approaching(0), Sinusoids((1.0, 2.0)), WAVES, n_episodes=2000)
+    assert abs(result.mean[0] - (2**3 - 1) / 3 / 2) < 2 * result.ci95[0]
+    assert 0 < result.ci95[0] < 0.05
 
 
 def test_same_seed_same_regression():
     results = []
     for seed, n_episodes in ((3, 20), (3, 20), (4, 20), (3, 10)):
         torch.rand(3)  # the global generator is elsewhere each time
-        results.append(evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes, seed=seed))
+        results.append(evaluate(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes, seed=seed))
     assert results[0] == results[1]
-    assert results[0].mse_by_step[0] != results[2].mse_by_step[0]
-    few, more = (squared_errors(Approaching(), Sinusoids().sampler(WAVES), n, inner_steps=1) for n in (10, 40))
+    assert results[0].mean[0] != results[2].mean[0]
+    few, more = (scores(Approaching(1), Sinusoids().sampler(WAVES), n) for n in (10, 40))
     assert torch.equal(more[:10], few)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_regression_leaves_the_learner_as_it_was(training: bool):
     """Same parameters, same mode, no gradients; and the mode does not matter."""
-    learner = MAML(MLP(hidden=(5,)), inner_lr=0.01, inner_steps=1, test_inner_steps=7).train(training)
+    learner = MAML(MLP(hidden=(5,)), inner_lr=0.01, inner_steps=1, test_inner_steps=2).train(training)
     before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
-    result = evaluate_regression(learner, Sinusoids(), WAVES, n_episodes=4, inner_steps=2)
-    assert result == evaluate_regression(learner.train(not training), Sinusoids(), WAVES, n_episodes=4, inner_steps=2)
+    result = evaluate(learner, Sinusoids(), WAVES, n_episodes=4)
+    assert result == evaluate(learner.train(not training), Sinusoids(), WAVES, n_episodes=4)
     assert learner.training is not training
     assert torch.is_grad_enabled()
     assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_dict().items())
@@ -411,11 +411,40 @@ def test_regression_leaves_the_learner_as_it_was(training: bool):
     ],
 )
 def test_prints_the_error_after_the_last_step(mse: list[float], ci95: list[float], sentence: str):
-    assert str(Regression(mse, ci95, 600, 10, 100, 0)) == sentence
+    assert str(Evaluation("mse_by_step", mse, ci95, 600, 1, 10, 100, "sinusoids/test", 0, "none", False)) == sentence
 
 
 @pytest.mark.parametrize("n_episodes", [1, 0, -3])
 def test_no_interval_of_fewer_than_two_regressions(n_episodes: int):
     message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        evaluate_regression(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes)
+        evaluate(Approaching(), Sinusoids(), WAVES, n_episodes=n_episodes)
+
+
+# --- transduction is measured ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("running", "transductive"), [(False, True), (True, False)])
+def test_transduction_of_a_network_of_ones_own_is_measured(class_images: Classes, running: bool, transductive: bool):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=running), nn.Flatten())
+    learner = Prototypical(network)
+    assert evaluate(learner, class_images(), SPEC, n_episodes=2).transductive is transductive
+    learner = MAML(nn.Sequential(*network, nn.Linear(144, 3)))
+    assert evaluate(learner, class_images(), SPEC, n_episodes=2).transductive is transductive
+
+
+class Declaring(Guessing):
+    """Declares what is not true."""
+
+    transductive = True
+
+
+def test_what_is_declared_does_not_count(class_images: Classes):
+    assert not evaluate(Declaring(), class_images(), SPEC, n_episodes=2).transductive
+    assert not is_transductive(Declaring(), class_images().sampler(SPEC).sample(2))
+
+
+def test_a_stream_is_not_asked_of_a_learner_that_reads_none(class_images: Classes):
+    with pytest.raises(ValueError, match="^Guessing answers no streams; leave stream out$"):
+        evaluate(Guessing(), class_images(), STREAM, stream=True)

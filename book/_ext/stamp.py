@@ -1,19 +1,21 @@
 """Write the repository's public address into every file that repeats it: `make stamp URL=https://github.com/you/fork`.
 
 The address stands in one place, `[project.urls] Repository` of `pyproject.toml`. Other files must repeat it (the book's
-settings, the cell that installs the package on Colab, badges, `CITATION.cff`); this script keeps them equal, and
-`tests/book/test_repository_address.py` fails if they are not. Standard library only.
+settings, badges, `CITATION.cff`), and the first code cell of every notebook, which installs the package on Colab, the
+version too: it is written here. `tests/book/test_repository_address.py` finds disagreements. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
 TEXT_FILES = {".md", ".ipynb", ".toml", ".yml", ".yaml", ".cff", ".py", ".html", ".js", ".svg"}
@@ -25,7 +27,15 @@ MUST_REPEAT = {
     "README.md": ("git+{repository}", "{colab}/blob/main/", "{pages}"),
     "book/index.md": ("git+{repository}", "{colab}/blob/main/"),
 }
-EVERY_NOTEBOOK_MUST_REPEAT = "git+{repository}"
+FIRST_CELL = """\
+# Where the package is missing, on Colab for instance, install this notebook's version; the PyTorch that is there stays.
+from importlib import metadata, util
+
+if not (any(metadata.distributions(name="metatutor")) or getattr(util.find_spec("metatutor"), "origin", None)):
+    %pip install -q "metatutor[chapters] @ git+{repository}@v{version}"
+if not getattr(util.find_spec("metatutor"), "origin", None):
+    raise ImportError("metatutor is missing: pip says above why, or a folder of that name hides it")
+"""
 
 
 @dataclass(frozen=True)
@@ -70,10 +80,24 @@ class Address:
         return template.format(repository=self.repository, colab=self.colab, pages=self.pages)
 
 
+def _project(root: Path) -> dict[str, Any]:
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def read_address(root: Path) -> Address:
     """The address as `pyproject.toml` has it."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return Address.parse(project["urls"]["Repository"])
+    return Address.parse(_project(root)["urls"]["Repository"])
+
+
+def first_cell(root: Path) -> str:
+    """What the first code cell of every notebook must be, by the address and the version in `pyproject.toml`."""
+    return FIRST_CELL.format(repository=read_address(root).repository, version=_project(root)["version"]).rstrip()
+
+
+def _notebooks(root: Path) -> dict[Path, tuple[dict[str, Any], dict[str, Any]]]:
+    """Every notebook, and its first code cell."""
+    read = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(root.glob("notebooks/*.ipynb"))}
+    return {path: (book, next(c for c in book["cells"] if c["cell_type"] == "code")) for path, book in read.items()}
 
 
 def project_files(root: Path) -> list[Path]:
@@ -96,33 +120,42 @@ def _address_pattern(address: Address) -> re.Pattern[str]:
 
 
 def stamp(root: Path, new: Address) -> list[Path]:
-    """Replace the project's address by `new` in every file; return the files that changed."""
+    """Replace the project's address by `new` in every file, and the first cells; return the files that changed."""
     pattern = _address_pattern(read_address(root))
 
     def replacement(match: re.Match[str]) -> str:
         host = match.group(1)
         return f"{host}{new.owner}/{new.name}" if host else new.pages.rstrip("/")
 
-    changed = []
+    changed = set()
     for path in project_files(root):
         before = path.read_bytes()
         after = pattern.sub(replacement, before.decode("utf-8")).encode("utf-8")
         if after != before:
             path.write_bytes(after)
-            changed.append(path)
-    return changed
+            changed.add(path)
+    install = first_cell(root)
+    for path, (notebook, cell) in _notebooks(root).items():
+        if "".join(cell["source"]) != install:
+            cell["source"] = install.splitlines(keepends=True)
+            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            changed.add(path)
+    return sorted(changed)
 
 
 def disagreements(root: Path) -> list[str]:
     """What contradicts the address in `pyproject.toml`, one line each; empty if all agree."""
     address = read_address(root)
     required = {root / name: templates for name, templates in MUST_REPEAT.items()}
-    required |= {path: (EVERY_NOTEBOOK_MUST_REPEAT,) for path in sorted((root / "notebooks").glob("*.ipynb"))}
     found = []
     for path, templates in required.items():
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         missing = [address.fill(template) for template in templates if address.fill(template) not in text]
         found += [f"{path.relative_to(root)} lacks '{line}'" for line in missing]
+    install = first_cell(root)
+    for path, (_, cell) in _notebooks(root).items():
+        if "".join(cell["source"]) != install:
+            found.append(f"{path.relative_to(root)} begins with another code cell; run `make stamp`")
     host = r"(?:github\.com|google\.com/github)"
     namesake = re.compile(rf"{host}/([\w.-]+)/{re.escape(address.name)}(?![\w-])", re.IGNORECASE)
     for path in project_files(root):
@@ -132,18 +165,19 @@ def disagreements(root: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Stamp the address given, or with `--check` only say where it does not agree."""
+    """Stamp the address given, or the present one; with `--check` only say where a file disagrees."""
     parser = argparse.ArgumentParser(description="Write the repository's public address everywhere it is repeated.")
-    parser.add_argument("url", nargs="?", help="https://github.com/owner/name")
+    parser.add_argument("url", nargs="?", help="https://github.com/owner/name; default: the one in pyproject.toml")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file disagrees")
     options = parser.parse_args(arguments)
-    if (options.url is None) != options.check:
+    if options.url is not None and options.check:
         parser.error("give either an address or --check")
-    if options.url is not None:
+    if not options.check:
         try:
-            changed = stamp(REPOSITORY_ROOT, Address.parse(options.url))
+            address = Address.parse(options.url) if options.url else read_address(REPOSITORY_ROOT)
         except ValueError as error:
             parser.error(str(error))
+        changed = stamp(REPOSITORY_ROOT, address)
         print("\n".join(f"stamped {path.relative_to(REPOSITORY_ROOT)}" for path in changed) or "nothing to change")
     lines = disagreements(REPOSITORY_ROOT)
     print("\n".join(lines), file=sys.stderr, end="\n" if lines else "")

@@ -36,7 +36,7 @@ class AdaptingLearner(NetworkLearner):
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         Gradient descent with momentum as the inner loop; the state is the velocity.
@@ -122,8 +122,8 @@ class AdaptingLearner(NetworkLearner):
         if not episode.query_labels.is_floating_point():
             return super().measure(episode, stream=stream)
         path = self.adaptation_path(episode)
-        errors = [(self.query_logits(episode, p) - episode.query_labels).double().pow(2).mean((1, 2)) for p in path]
-        return torch.stack(errors, dim=1)
+        errors = [(self.query_logits(episode, p) - episode.query_labels).cpu().double() for p in path]
+        return torch.stack([error.pow(2).mean((1, 2)) for error in errors], dim=1)
 
     def tasks_at_once(self, episode: Episode) -> int:
         """On a GPU all, on a CPU as many as fit its cache and memory; one where they cannot go side by side."""
@@ -221,14 +221,17 @@ class AdaptingLearner(NetworkLearner):
 
     def check_ways(self, episode: Episode) -> None:
         """Raise a `ValueError` if an episode has other ways than the network has outputs."""
-        if self.ways not in (None, episode.n_way):
-            instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
-            if isinstance(self.network, Backbone):
-                instead = "give one of as many, or say which layer is its last with backbone(network, head=its name)"
-            raise ValueError(
-                f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; "
-                f"{type(self).__name__} adapts one head, so {instead}"
-            )
+        if self.ways in (None, episode.n_way):
+            return
+        if episode.support_labels.is_floating_point():
+            raise ValueError(f"the network has {self.ways} outputs but targets are of {episode.n_way} numbers each")
+        instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
+        if isinstance(self.network, Backbone):
+            instead = "give one of as many, or say which layer is its last with backbone(network, head=its name)"
+        raise ValueError(
+            f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
+            f"one head, so {instead}"
+        )
 
 
 def check_rate(inner_lr: float) -> None:

@@ -1,14 +1,17 @@
-"""Notebooks as committed: no outputs, short cells, one kernel, a first cell that makes them run on Colab."""
+"""Notebooks as committed: no outputs, short cells, one kernel."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
-import clear_outputs
 import pytest
 import sources
-from sources import NOTEBOOKS
+from sources import NOTEBOOKS, ROOT
 
 LONGEST_CELL = 30  # lines; aim for a dozen
 
@@ -40,26 +43,30 @@ def test_cells_are_short(notebook: Path) -> None:
     assert not [cell for cell in code if not cell.strip()], "remove the empty cell"
 
 
-@each_notebook
-def test_first_code_cell_installs_the_package_where_it_is_missing(notebook: Path) -> None:
-    first = sources.source(sources.cells(notebook, "code")[0])
-    assert "metatutor" in first and "git+https://" in first
+def nbstripout(*arguments: str) -> int:
+    """Its exit status, with the options of `make format`."""
+    [options] = re.findall(
+        r"^STRIP := \$\(BIN\)/nbstripout (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M
+    )
+    return subprocess.run([sys.executable, "-m", "nbstripout", *shlex.split(options), *arguments]).returncode
 
 
-def test_clearing_removes_outputs_and_nothing_else(tmp_path: Path) -> None:
-    ran = {
-        "cell_type": "code",
-        "execution_count": 3,
-        "id": "a",
-        "metadata": {"collapsed": True, "tags": ["hide-input"]},
-    }
-    ran |= {"source": ["1 + 1"], "outputs": [{"output_type": "stream", "name": "stdout", "text": ["2"]}]}
+def test_there_is_nothing_to_clear() -> None:
+    assert nbstripout("--verify", *map(str, NOTEBOOKS)) == 0, "make format"
+
+
+def test_clearing_removes_what_running_leaves_and_nothing_else(tmp_path: Path) -> None:
+    kept = {"tags": ["hide-input"], "mystnb": {"figure": {"caption": "Look at the slope.", "name": "fig-a"}}}
+    ran = {"cell_type": "code", "execution_count": 3, "id": "slopes", "source": ["1 + 1"]}
+    ran["metadata"] = kept | {"collapsed": True, "execution": {"iopub.execute_input": "now"}, "outputId": "x"}
+    ran["outputs"] = [{"output_type": "stream", "name": "stdout", "text": ["2"]}]
+    usual = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    usual["mystnb"] = {"render_markdown_format": "gfm"}
+    metadata = usual | {"widgets": {}, "language_info": {"name": "python"}, "colab": {"provenance": []}}
     path = tmp_path / "notebook.ipynb"
-    metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}, "widgets": {}}
     path.write_text(json.dumps({"cells": [ran], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
-    assert clear_outputs.clear(path)
-    [cell] = sources.cells(path, "code")
-    assert cell["outputs"] == [] and cell["execution_count"] is None
-    assert sources.source(cell) == "1 + 1" and cell["metadata"] == {"tags": ["hide-input"]}
-    assert "widgets" not in json.loads(path.read_text())["metadata"]
-    assert not clear_outputs.clear(path)
+    assert nbstripout("--verify", str(path)) == 1
+    assert nbstripout(str(path)) == nbstripout("--verify", str(path)) == 0
+    cleared = json.loads(path.read_text())
+    assert cleared["metadata"] == usual
+    assert cleared["cells"] == [ran | {"execution_count": None, "outputs": [], "metadata": kept}]

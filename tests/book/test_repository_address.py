@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -46,12 +48,25 @@ def test_a_file_that_disagrees_is_named(copy: Path, file: str) -> None:
     assert any(line.startswith(file) for line in stamp.disagreements(copy))
 
 
-def test_a_notebook_that_installs_from_elsewhere_is_named(copy: Path) -> None:
+def test_a_notebook_that_installs_from_elsewhere_is_named_and_put_right(copy: Path) -> None:
     name = stamp.read_address(copy).name
     path = copy / "notebooks/99_extra.ipynb"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f'{{"cells": ["%pip install git+https://github.com/stranger/{name}"]}}')
+    cell = {"cell_type": "code", "source": [f"%pip install git+https://github.com/stranger/{name}"]}
+    path.write_text(json.dumps({"cells": [cell, cell | {"source": ["1 + 1"]}]}))
     assert len([line for line in stamp.disagreements(copy) if line.startswith("notebooks/99_extra")]) == 2
+    assert stamp.stamp(copy, stamp.read_address(copy)) == [path]
+    assert stamp.disagreements(copy) == []
+    assert json.loads(path.read_text())["cells"][1]["source"] == ["1 + 1"]
+
+
+def test_another_version_is_stamped_into_every_notebook(copy: Path) -> None:
+    project = copy / "pyproject.toml"
+    project.write_text(re.sub(r"^version = .*", 'version = "9.8.7"', project.read_text(), flags=re.MULTILINE))
+    notebooks = sorted(copy.glob("notebooks/*.ipynb"))
+    assert len(stamp.disagreements(copy)) == len(notebooks)
+    assert stamp.stamp(copy, stamp.read_address(copy)) == notebooks
+    assert all("@v9.8.7" in path.read_text() for path in notebooks)
+    assert stamp.disagreements(copy) == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""How a chapter begins: with which characters, and how much it computes itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from metatutor.data import DownloadError, Omniglot, Splits, Strokes
+
+
+def load_characters(root: Path | str | None = None, *, rotations: bool = True) -> tuple[str, Splits]:
+    """Omniglot where it is at hand or can be downloaded, else Strokes; a printed line says which, and why.
+
+    This is what the chapters draw their tasks from. Omniglot comes in the split `random-0`, the one of the recorded
+    runs, so that their meta-test classes are meta-test classes here. Only a failed download leads to Strokes: data that
+    somebody named and that are not there, or are damaged, remain an error.
+
+    Args:
+        root: where Omniglot lies (see `Omniglot.load`).
+        rotations: whether turned characters are classes of their own.
+
+    Returns:
+        `"Omniglot"` or `"Strokes"`, for titles and captions, and the splits.
+
+    Raises:
+        ValueError: if the place that `root` or METATUTOR_DATA names does not hold Omniglot, or not whole.
+
+    Reference:
+        Lake, Salakhutdinov and Tenenbaum (2015); the split: Finn, Abbeel and Levine (2017), section 5.2.
+    """
+    try:
+        characters, name, why = Omniglot.load(root), "Omniglot", ""
+    except DownloadError as error:
+        characters, name, why = Strokes.load(), "Strokes", f"\nOmniglot is not at hand ({error})."
+    splits = characters.split(rotations=rotations)
+    n, drawings = characters.images.shape[:2]
+    print(f"{name}: {n} characters, {drawings} drawings of each; split {splits.id}.{why}")
+    return name, splits
+
+
+def preset() -> Literal["fast", "full"]:
+    """How much a chapter computes itself, as METATUTOR_PRESET says.
+
+    Returns:
+        `"fast"`, the default: show the mechanism live, load recorded runs for what takes long; or `"full"`: retrain.
+
+    Raises:
+        ValueError: if METATUTOR_PRESET is anything else.
+    """
+    chosen = os.environ.get("METATUTOR_PRESET") or "fast"
+    if chosen not in ("fast", "full"):
+        raise ValueError(f"METATUTOR_PRESET must be fast or full, got {chosen!r}")
+    return "full" if chosen == "full" else "fast"

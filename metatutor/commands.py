@@ -1,0 +1,185 @@
+"""The commands of `metatutor`: get the data, train, evaluate, reproduce."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial, wraps
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tabulate import tabulate
+
+from metatutor import runs as recorded
+from metatutor.config import RunConfig, TestConfig, load_config, parse_test
+from metatutor.data import omniglot
+from metatutor.evaluation import Evaluation
+
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+app, data_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+
+
+def command(to: tyro.extras.SubcommandApp) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function as a command that parsing leaves to be done."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        to.command(name=function.__name__)(wraps(function)(partial(partial, function)))
+        return function
+
+    return register
+
+
+@command(data_app)
+def download(data: Folder = None, runs: bool = False) -> None:
+    """Download Omniglot and compare every pixel with the published ones.
+
+    Args:
+        data: where to put it; default: METATUTOR_DATA, else your cache folder.
+        runs: get Lake's 20 one-shot runs too.
+    """
+    print(omniglot.download(data, runs=runs))
+
+
+@command(data_app)
+def verify(data: Folder = None) -> None:
+    """Compare every pixel of your copy of Omniglot with the published ones.
+
+    Args:
+        data: where it lies; default: METATUTOR_DATA, else your cache folder.
+    """
+    print(omniglot.verify(data))
+
+
+@command(data_app)
+def info(data: Folder = None) -> None:
+    """Count what your copy of Omniglot holds, and tell where its pixels are kept.
+
+    Args:
+        data: where it lies; default: METATUTOR_DATA, else your cache folder.
+    """
+    print(omniglot.info(data))
+
+
+app.command(data_app, name="data")
+
+
+@command(app)
+def train(
+    name: RunName,
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),  # noqa: B008 - frozen
+    test: TestConfig = TestConfig(),  # noqa: B008 - frozen
+    runs: Path = Path("runs"),
+    data: Folder = None,
+    device: str | None = None,
+) -> None:
+    """Train and evaluate a learner; started again after a kill, it goes on where it was.
+
+    Args:
+        name: of the run; its files go to the folder RUNS/NAME.
+        config: what to train.
+        test: how to evaluate it.
+        runs: the folder of your runs.
+        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
+        device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
+    """
+    recorded.check_name(name)
+    test = replace(test, name=test.name or name)
+    [evaluation] = recorded.run_training(config, runs / name, [test], data=data, device=device)
+    print(evaluation)
+
+
+@command(app)
+def evaluate(
+    run: RunName,
+    split: Literal["test", "validation"] | None = None,
+    n_episodes: int | None = None,
+    test: TestConfig = TestConfig(),  # noqa: B008 - frozen
+    data: Folder = None,
+    device: str | None = None,
+) -> None:
+    """Evaluate the recorded weights of a run, as it was done before or, given `--test.name`, otherwise.
+
+    Args:
+        run: a recorded evaluation, by its name; or the folder of a run, all of whose evaluations are meant.
+        split: classes to draw the tasks from; default: as recorded.
+        n_episodes: how many tasks; default: as recorded.
+        test: another evaluation, which is recorded too, in the folder of the run.
+        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
+        device: any that PyTorch knows, such as cpu or cuda:1; default: cpu.
+    """
+    folder, records = _evaluations(run)
+    if test != TestConfig():
+        if not test.name:
+            raise ValueError("another evaluation needs a name: give --test.name too")
+        found = recorded.evaluate_run(folder, test, data=data, device=device, record=True)
+        print(f"{test.name}: {found}")
+        return
+    if not records:
+        raise ValueError(f"{run} was not evaluated yet; name an evaluation with --test.name")
+    changes: dict[str, Any] = {"split": split, "n_episodes": n_episodes}
+    for record in records:
+        again = replace(parse_test(record), **{key: value for key, value in changes.items() if value is not None})
+        _tell(
+            again.name, recorded.evaluate_run(folder, again, data=data, device=device), Evaluation.from_record(record)
+        )
+
+
+@command(app)
+def reproduce(
+    run: RunName, runs: Path = Path("runs"), data: Folder = None, device: str | None = None, record: bool = False
+) -> None:
+    """Train a recorded run again from its config.json alone, evaluate it as it was, and compare.
+
+    Args:
+        run: a recorded evaluation, by its name; or the path of a run's folder, or of its config.json.
+        runs: the folder of your runs; this one's files go to a folder of its name there.
+        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
+        device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
+        record: copy the outcome to results/, in place of what is recorded there.
+    """
+    path = Path(run)
+    source = path.parent if path.name == "config.json" else _evaluations(run)[0]
+    folder = runs / source.resolve().name
+    recorded.check_name(folder.name)
+    for name, found, before in recorded.reproduce(source, folder, data=data, device=device):
+        _tell(name, found, before)
+    if record:
+        target = recorded.results_folder() / folder.name
+        target.mkdir(exist_ok=True)
+        for file in filter(Path.exists, (folder / name for name in recorded.FILES)):
+            shutil.copy2(file, target / file.name)
+
+
+@command(app)
+def runs() -> None:
+    """List the recorded runs: every evaluation, what it came to, and the folder of its run."""
+    rows = []
+    for folder in recorded.run_folders():
+        try:
+            records = recorded.read_evaluations(folder)["evaluations"]
+        except ValueError as error:
+            rows.append((folder.name, "damaged", error, folder.name))
+            continue
+        for record in records:
+            found = Evaluation.from_record(record)
+            rows.append((record["name"], recorded.task_of(found), found, folder.name))
+        if not records:
+            rows.append((folder.name, "not evaluated", "", folder.name))
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True))
+
+
+def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of a run, and the evaluations that are meant: all, or the one of that name."""
+    folder = Path(run)
+    if not (folder.parts[1:] or (folder / "config.json").exists()):
+        found = recorded.load_run(run)
+        return found.folder, [found.evaluation]
+    load_config(folder)  # or it is none
+    return folder, recorded.read_evaluations(folder)["evaluations"]
+
+
+def _tell(name: str, found: Evaluation, before: Evaluation | None) -> None:
+    print(f"{name}: {found}" + (f" (recorded: {before})" if before else ""))

@@ -1,0 +1,396 @@
+"""Recorded runs: a training from which anyone can train again, and what evaluations of it came to.
+
+A run is a folder of `results/` with `config.json`, `history.csv`, `model.safetensors` and `evaluations.json`. Weights
+of more than 2 MB are recorded in half precision; what is evaluated is always what was recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
+from torch import Tensor
+
+from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
+from metatutor.data import Splits
+from metatutor.episodes import ClassImages, EpisodeSpec
+from metatutor.evaluation import Evaluation, evaluate, scores
+from metatutor.files import replacing
+from metatutor.learner import Learner, load_parameters
+from metatutor.training import MAY_CHANGE, Row, check_device, read_history, train, write_history
+
+FILES = ("config.json", "history.csv", "model.safetensors", "evaluations.json")
+WEIGHTS_LIMIT = 2_000_000  # bytes of a model.safetensors
+VALIDATION_SEED = 1_000_003  # far from the seeds of training and test
+
+
+# --- reading ---
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recorded run and one of its evaluations, read.
+
+    Args:
+        name: of the evaluation.
+        folder: where the run lies.
+        config: what it was trained with.
+        test: what the evaluation is of.
+        evaluation: what was recorded of it, and of the training: accuracy, interval, seconds, device, …
+        history: the rows of `history.csv`; none for a method without training.
+
+    Example:
+        >>> all(load_run(name).evaluation["n_episodes"] >= 600 for name in run_names())
+        True
+    """
+
+    name: str
+    folder: Path
+    config: RunConfig
+    test: TestConfig
+    evaluation: dict[str, Any]
+    history: list[Row]
+
+    def learner(self) -> Learner:
+        """The trained learner as it was evaluated, in evaluation mode, on the CPU."""
+        return load_learner(self.folder, self.config.tested(self.test))
+
+
+def results_folder() -> Path:
+    """Where the recorded runs lie: `results/` of a checkout, or the copy that came with the installation."""
+    package = Path(__file__).parent
+    checkout = package.parent / "results"
+    return checkout if (package.parent / "pyproject.toml").exists() else package / "results"
+
+
+def run_folders(results: Path | None = None) -> list[Path]:
+    """The folders of all recorded runs, by name."""
+    return sorted(path.parent for path in (results or results_folder()).glob("*/config.json"))
+
+
+def run_names(results: Path | None = None) -> list[str]:
+    """The names of all recorded evaluations, such as `omniglot-maml-5w1s`, sorted."""
+    return sorted(record["name"] for _, record in _records(results))
+
+
+def load_run(name: str, results: Path | None = None) -> Run:
+    """Read a recorded run.
+
+    Args:
+        name: of an evaluation, such as `omniglot-maml-5w5s`; or of a run's folder, for its first evaluation.
+        results: the folder to look in; default: `results_folder()`.
+
+    Raises:
+        ValueError: if there is no such run, or its files are damaged.
+    """
+    folder, record = _find(name, results)
+    about = {key: value for key, value in read_evaluations(folder).items() if key != "evaluations"}
+    config, test = load_config(folder), parse_test(record)
+    return Run(record["name"], folder, config, test, about | record, _history(folder))
+
+
+def recorded_accuracy(name: str, results: Path | None = None) -> Evaluation:
+    """What a recorded evaluation came to."""
+    return Evaluation.from_record(_find(name, results)[1])
+
+
+def read_evaluations(folder: Path) -> dict[str, Any]:
+    """What `evaluations.json` says of a training, and a list of its `evaluations`; a ValueError if it is damaged."""
+    path = folder / "evaluations.json"
+    if not path.exists():
+        return {"evaluations": []}
+    try:
+        about = json.loads(read_text(path))
+        for record in about["evaluations"]:
+            str(Evaluation.from_record(record))
+            check_name(parse_test(record).name)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({shown(error)}); delete it and evaluate the run anew") from None
+    return about
+
+
+def check_name(name: str) -> None:
+    """Raise a `ValueError` if a run or an evaluation cannot be called so: it is to name a single folder."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
+        raise ValueError(
+            f"a name has 1 to 100 letters, digits and _ . + -, and begins with a letter; not {shown(name)}"
+        )
+
+
+def task_of(evaluation: Evaluation) -> str:
+    """The kind of tasks of an evaluation, such as `5-way 1-shot`."""
+    n_way, k_shot = evaluation.n_way, evaluation.k_shot
+    if evaluation.metric == "mse_by_step":
+        return f"sine waves, {k_shot} points"
+    return f"{n_way}-way " + (
+        f"{k_shot}-shot" if evaluation.metric == "accuracy" else f"stream, {k_shot} images a class"
+    )
+
+
+def published() -> list[dict[str, Any]]:
+    """The papers' numbers: one dict a row, with method, n_way, k_shot, accuracy, ci95, source and protocol."""
+    return json.loads((results_folder() / "published.json").read_text(encoding="utf-8"))
+
+
+def published_streams() -> list[dict[str, Any]]:
+    """The papers' accuracies by instance, counted from 1: method, n_way, instance, accuracy, source and protocol."""
+    return json.loads((results_folder() / "published_streams.json").read_text(encoding="utf-8"))
+
+
+def _records(results: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for folder in run_folders(results):
+        try:
+            yield from ((folder, record) for record in read_evaluations(folder)["evaluations"])
+        except ValueError:
+            continue  # one damaged record is not to hide the others
+
+
+def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
+    check_name(name)
+    for folder, record in _records(results):
+        if record["name"] == name:
+            return folder, record
+    folder = (results or results_folder()) / name
+    if not (folder / "config.json").exists():
+        near = " or ".join(get_close_matches(name, run_names(results))) or "one that `metatutor runs` lists"
+        raise ValueError(f"no recorded run {shown(name)}; did you mean {near}?")
+    if not (records := read_evaluations(folder)["evaluations"]):
+        raise ValueError(f"run {name!r} was not evaluated; run `metatutor reproduce {name}`")
+    return folder, records[0]
+
+
+def _history(folder: Path) -> list[Row]:
+    return read_history(folder / "history.csv") if (folder / "history.csv").exists() else []
+
+
+# --- weights ---
+
+
+def load_learner(folder: Path, config: RunConfig) -> Learner:
+    """The learner of a configuration with the parameters recorded in a folder, in evaluation mode.
+
+    Raises:
+        ValueError: if the parameters are missing, damaged, or of another architecture.
+    """
+    learner = config.build(n_train_classes=1)  # all that `finish` leaves of a classifier's
+    if config.train is not None:
+        path = folder / "model.safetensors"
+        load_parameters(learner, _read_parameters(path, learner.state_dict()), path)
+    return learner.eval()
+
+
+def _read_parameters(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    try:
+        parameters = load_file(path) if path.exists() else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); reproduce the run to make it anew") from None
+    for name, found in parameters.items():
+        expected = like.get(name, found).dtype
+        if found.dtype != expected and (found.dtype, expected) != (torch.float16, torch.float32):
+            raise ValueError(f"{path}: '{name}' is of {found.dtype}, not of {expected}; reproduce the run")
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError(f"{path}: '{name}' holds numbers that are not finite; reproduce the run")
+    return parameters
+
+
+def _write_parameters(learner: Learner, path: Path) -> None:
+    """Record the parameters, in half precision if they are many, and let the learner have what was recorded."""
+    parameters = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}  # none tied
+    written = save(parameters)
+    if len(written) > WEIGHTS_LIMIT:
+        written = save({name: t.half() if t.is_floating_point() else t for name, t in parameters.items()})
+    with replacing(path) as temporary:
+        temporary.write_bytes(written)
+    load_parameters(learner, load(written), path)
+
+
+# --- making ---
+
+
+def run_training(
+    config: RunConfig,
+    folder: Path,
+    tests: Sequence[TestConfig] = (),
+    *,
+    data: Path | str | None = None,
+    device: str | None = None,
+    progress_bar: bool = True,
+) -> list[Evaluation]:
+    """Train a configuration, then evaluate it; a run killed before goes on where its last checkpoint stood.
+
+    Args:
+        config: what to train.
+        folder: gets the four files of a recorded run, and the checkpoints.
+        tests: the evaluations.
+        data: where Omniglot lies (see `Omniglot.load`).
+        device: see `train`.
+        progress_bar: whether to show one.
+
+    Raises:
+        ValueError: if the folder holds another configuration, or data or tests do not fit it.
+    """
+    check_device(device)
+    splits = _claimed(config, folder, tests, data)
+    learner = config.build(len(splits.train) if isinstance(splits.train, ClassImages) else 1)
+    if config.train is not None:
+        history = train(
+            learner,
+            splits.train,
+            config.train_spec,
+            config.train,
+            folder=folder,
+            validate=None if config.regression else _validation(splits, config),
+            device=device,
+            progress_bar=progress_bar,
+        )
+        learner.finish()
+        _write_parameters(learner, folder / "model.safetensors")
+        write_history(history, folder / "history.csv")
+    about, before = _about(learner, _history(folder)), read_evaluations(folder)
+    same = before.get("train_iterations") == about["train_iterations"]  # or the weights are others now
+    _write_evaluations(folder, about | {"evaluations": before["evaluations"] if same else []})
+    return [evaluate_run(folder, test, splits=splits, device=learner.device, record=True) for test in tests]
+
+
+def evaluate_run(
+    folder: Path,
+    test: TestConfig,
+    *,
+    splits: Splits[Any] | None = None,
+    data: Path | str | None = None,
+    device: torch.device | str | None = None,
+    record: bool = False,
+) -> Evaluation:
+    """Evaluate the recorded weights of a run.
+
+    Args:
+        folder: of the run.
+        test: the evaluation.
+        splits: the classes, where they are loaded already.
+        data: where Omniglot lies (see `Omniglot.load`).
+        device: where to compute; default: the CPU.
+        record: whether what comes of it goes to `evaluations.json`, under the name of the test.
+    """
+    if record:
+        check_name(test.name)
+    config = load_config(folder)
+    learner = load_learner(folder, config.tested(test)).to(check_device(str(device or "cpu")))
+    splits = splits or config.data.load(data)
+    again = config.regression and test.split == "validation"  # the same waves as for the test
+    found = evaluate(
+        learner,
+        getattr(splits, test.split),
+        config.test_spec(test),
+        n_episodes=test.n_episodes,
+        seed=test.seed + VALIDATION_SEED * again,
+        split=f"{splits.id}/{test.split}",
+        stream=test.stream,
+    )
+    if record:
+        changes = {key: value for key in ("stream", "learner", "network") if (value := getattr(test, key))}
+        about = read_evaluations(folder)
+        names = [other["name"] for other in about["evaluations"]]
+        at = names.index(test.name) if test.name in names else len(names)
+        about["evaluations"][at : at + 1] = [{"name": test.name} | changes | found.record()]
+        _write_evaluations(folder, about)
+    return found
+
+
+def reproduce(
+    source: Path, folder: Path, *, data: Path | str | None = None, device: str | None = None, progress_bar: bool = True
+) -> list[tuple[str, Evaluation, Evaluation | None]]:
+    """Train a recorded run again, from its `config.json` alone, and evaluate it as it was evaluated.
+
+    Args:
+        source: the folder of the recorded run.
+        folder: gets the files of the new one.
+        data, device, progress_bar: see `run_training`.
+
+    Returns:
+        The name of every evaluation, what it came to now, and what was recorded.
+    """
+    config, records = load_config(source), read_evaluations(source)["evaluations"]
+    tests = [parse_test(record) for record in records] or [TestConfig(folder.name)]
+    found = run_training(config, folder, tests, data=data, device=device, progress_bar=progress_bar)
+    before = [Evaluation.from_record(record) for record in records] or [None]
+    return [(test.name, now, then) for test, now, then in zip(tests, found, before, strict=True)]
+
+
+def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data: Path | str | None) -> Splits[Any]:
+    """The classes, after all that can be known to be wrong before the training; the folder is the configuration's."""
+    path, text = folder / "config.json", config_text(config)
+    if path.exists():
+        before = load_config(folder)
+        if before.train and config.train:
+            may = {name: getattr(config.train, name) for name in MAY_CHANGE}
+            before = replace(before, train=replace(before.train, **may))
+        if config_text(before) != text:
+            raise ValueError(f"{folder} holds a run with another configuration; choose another folder or delete it")
+    read_evaluations(folder)
+    for test in tests:
+        check_name(test.name)
+    asked: list[tuple[str, EpisodeSpec]] = [(test.split, config.tested(test).test_spec(test)) for test in tests]
+    if config.train is not None:
+        asked += [("train", config.train_spec), ("validation", config.validation_spec)]
+    splits = config.data.load(data)
+    for split, spec in asked:
+        getattr(splits, split).sampler(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return splits
+
+
+def _validation(splits: Splits[Any], config: RunConfig) -> Callable[[Learner], float]:
+    def validate(learner: Learner) -> float:
+        sampler = splits.validation.sampler(config.validation_spec, seed=VALIDATION_SEED)
+        return scores(learner, sampler, config.validation.n_episodes, stream=config.validation.stream).mean().item()
+
+    return validate
+
+
+def _write_evaluations(folder: Path, about: dict[str, Any]) -> None:
+    with replacing(folder / "evaluations.json") as temporary:
+        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _about(learner: Learner, history: list[Row]) -> dict[str, Any]:
+    return {
+        "train_seconds": round(history[-1]["seconds"], 1) if history else 0.0,
+        "train_iterations": int(history[-1]["iteration"]) if history else 0,
+        "device": device_name(learner.device),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in learner.parameters()),
+        "peak_memory_mib": peak_memory_mib(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """How a device is called in records, such as `cpu, 2 threads`."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
+
+
+def peak_memory_mib() -> int:
+    """The most memory the process has held so far: on the GPU if one was used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return round(psutil.Process().memory_info().peak_wset / 2**20)  # pyright: ignore[reportAttributeAccessIssue]
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -1,0 +1,233 @@
+"""What a user asks of any learner: name these pictures, keep what was learned, and say what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import metatutor
+from metatutor import MAML, MANN, SNAIL, ConvNet, NearestPixels, Pixels, Prototypical, Relation, Reptile, backbone, load
+from metatutor.episodes import Episode
+from metatutor.learner import Learner, NetworkLearner
+
+generator = torch.Generator().manual_seed(0)
+PICTURES = (torch.rand(3, 1, 28, 28, generator=generator) < 0.2).float()  # ink on paper
+
+
+@pytest.mark.parametrize("labels", [["cup", "bar", "dot"], [0, 2, 7], (1.5, None, "x"), torch.tensor([3, 1, 2])])
+def test_labels_may_be_anything(labels: Any):
+    expected = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    for learner in (NearestPixels(), Prototypical(ConvNet(filters=4)), MAML(ConvNet(3, filters=4))):
+        assert set(learner.predict(PICTURES, labels, PICTURES)) <= set(expected)
+    assert NearestPixels().predict(PICTURES, labels, PICTURES.flip(0)) == expected[::-1]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        PICTURES.double(),
+        PICTURES[:, 0],
+        PICTURES.numpy(),
+        (255 * PICTURES).byte(),
+        (255 * PICTURES).long().numpy(),
+        PICTURES.bool(),
+        list(PICTURES),
+        [picture[0].numpy() for picture in PICTURES],
+    ],
+)
+def test_pictures_are_taken_as_they_come(given: Any):
+    assert NearestPixels().predict(given, "abc", PICTURES.flip(0)) == ["c", "b", "a"]
+    assert NearestPixels().predict(PICTURES, "abc", given) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            255 * PICTURES,
+            "support_images must be floats from 0 (paper) to 1 (ink) or bytes from 0 to 255, got torch.float",
+        ),
+        (2 * PICTURES - 1, "from -1 to 1; divide by 255, or undo the normalisation"),
+        (PICTURES / 0, "support_images must be finite real numbers"),
+        (1 - PICTURES, "support_images look like dark strokes on white paper, but here 0 is paper and 1 is ink"),
+        (PICTURES.expand(3, 3, 28, 28).movedim(1, -1), "support_images come channels last, [3, 28, 28, 3]"),
+        (
+            PICTURES[0, 0],
+            "support_images must be [image, channel, height, width] or [image, height, width], got",
+        ),
+        ([PICTURES[0], PICTURES[1, :, :9]], "support_images must all be of one size, got [(1, 9, 28), (1, 28, 28)]"),
+        ([], "support_images must all be of one size, got none"),
+    ],
+)
+def test_pictures_that_cannot_be_taken(given: Any, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        NearestPixels().predict(given, "abc", PICTURES)
+
+
+def test_labels_that_do_not_fit():
+    with pytest.raises(ValueError, match="^3 support images but 2 labels; give one label an image$"):
+        NearestPixels().predict(PICTURES, "ab", PICTURES)
+    with pytest.raises(ValueError, match="^the network has 5 outputs but the episode is 3-way; MAML adapts one head"):
+        MAML(ConvNet(5, filters=4)).predict(PICTURES, "abc", PICTURES)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28)])
+def test_pictures_of_another_size_than_the_networks(shape: tuple[int, ...]):
+    others = torch.rand(3, *shape).clamp(max=0.5)
+    message = f"^the network takes images of 1×28×28 .*, got {'×'.join(map(str, shape))}; resize the images or build"
+    for learner in (MAML(ConvNet(3, filters=4)), Prototypical(ConvNet(filters=4))):
+        with pytest.raises(ValueError, match=message):
+            learner.predict(others, "abc", others)
+
+
+def test_prediction_is_in_evaluation_mode_and_leaves_the_mode():
+    learner = MAML(ConvNet(3, filters=4), inner_lr=0.1, test_inner_steps=20).double().train()
+    named = learner.predict(PICTURES, "abc", PICTURES)
+    assert learner.training
+    episode = Episode(PICTURES[None].double(), torch.arange(3)[None], PICTURES[None].double())
+    assert named == ["abc"[i] for i in learner.eval()(episode)[0].argmax(-1)]
+
+
+# --- saved and loaded ------------------------------------------------------------------------------------------
+
+SAVED = {
+    "MAML": lambda: MAML(ConvNet(3, filters=4, hidden=(6,)), inner_steps=2, learned_lr="layer"),
+    "Reptile": lambda: Reptile(ConvNet(3, filters=4), test_inner_steps=2),
+    "Prototypical": lambda: Prototypical(ConvNet(filters=4, normalization="support"), distance="cosine"),
+    "Relation": lambda: Relation(ConvNet(filters=4, n_halving=1), objective="cross-entropy", hidden=3),
+    "MANN": lambda: MANN(Pixels(5), n_way=3, slots=8),
+    "SNAIL": lambda: SNAIL(ConvNet(filters=4), n_way=3, attention=(4, 4)),
+}
+
+
+def answers(learner: Learner) -> Tensor:
+    with torch.no_grad():
+        return learner.eval()(Episode(PICTURES[None], torch.arange(3)[None], PICTURES[None]))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved_is_loaded(name: str, tmp_path: Path):
+    torch.manual_seed(0)
+    learner = SAVED[name]()
+    learner.save(tmp_path / "learner")
+    loaded = load(tmp_path / "learner")
+    assert type(loaded) is type(learner) and not loaded.training
+    assert loaded.arguments == learner.arguments
+    assert torch.equal(answers(loaded), answers(learner))
+    assert [path.name for path in tmp_path.iterdir()] == ["learner"]
+
+
+def test_a_network_of_ones_own_is_given_to_load(tmp_path: Path):
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+
+    learner, path = MAML(backbone(network(), head="3"), adapt="head"), tmp_path / "own"
+    learner.save(path)
+    with pytest.raises(ValueError, match="was saved with a network of your own; load it with load"):
+        load(path)
+    assert torch.equal(answers(load(path, backbone(network(), head="3"))), answers(learner))
+    with pytest.raises(ValueError, match=r"holds another architecture: 'network\.module\.1\.bias' is"):
+        load(path, nn.Sequential(nn.Flatten(), nn.Linear(784, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)))
+
+
+def test_tied_parameters_are_saved(tmp_path: Path):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(784, 784)
+            self.two = nn.Linear(784, 784)
+            self.two.weight = self.one.weight
+            self.head = nn.Linear(784, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.two(self.one(images.flatten(1)).relu()))
+
+    learner = Prototypical(Tied())
+    learner.save(tmp_path / "tied")
+    assert torch.equal(answers(load(tmp_path / "tied", Tied())), answers(learner))
+
+
+def test_files_that_are_something_else(tmp_path: Path):
+    path = tmp_path / "file"
+    for contents in (b"", b"nonsense", (np.zeros(100, dtype=np.uint8)).tobytes()):
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))} is not a file that learner.save wrote"):
+            load(path)
+    with pytest.raises(ValueError, match="is not a file that learner.save wrote"):
+        load(tmp_path / "absent")
+
+    class Foreign(NearestPixels):
+        pass
+
+    Foreign().save(path)
+    with pytest.raises(ValueError, match="holds a Foreign, which metatutor does not export; build it and load_state_"):
+        load(path)
+
+
+def test_the_same_with_other_arguments():
+    learner = MAML(ConvNet(3, filters=4), inner_steps=2, learned_lr="layer").train()
+    more = learner.with_arguments(test_inner_steps=5)
+    assert (more.test_inner_steps, more.inner_steps, more.training, learner.training) == (5, 2, False, True)
+    assert more.network is learner.network and torch.equal(more.rates[0], learner.rates[0])
+    with pytest.raises(ValueError, match="holds another architecture: 'rates.0' is"):
+        learner.with_arguments(learned_lr="parameter")
+
+
+# --- losses of one's own ---------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_a_module_counts_and_moves_along():
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.1]))
+    learner = Prototypical(ConvNet(filters=4), loss=weighted)
+    assert isinstance(learner, NetworkLearner)
+    episode = Episode(PICTURES[None], torch.arange(3)[None], PICTURES[None], torch.tensor([[1, 2, 0]]))
+    expected = weighted(learner(episode)[0], episode.query_labels[0])
+    assert torch.allclose(learner.meta_loss(episode), expected)
+    assert weighted.weight is not None and learner.double() and weighted.weight.dtype == torch.float64
+
+
+# --- what importing costs, and needs -----------------------------------------------------------------------------
+
+
+def run(program: str) -> str:
+    root = Path(metatutor.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_needs_nothing_that_only_unix_has():
+    run("import sys; sys.modules.update(resource=None, fcntl=None, pwd=None, grp=None, termios=None); import metatutor")
+
+
+def test_importing_imports_nothing_heavy():
+    heavy = {
+        "accelerate",
+        "matplotlib",
+        "pandas",
+        "PIL",
+        "pooch",
+        "pydantic",
+        "requests",
+        "torchvision",
+        "tyro",
+        "IPython",
+    }
+    heavy |= {
+        "torch._dynamo",
+        "torch._inductor",
+        "metatutor.book",
+        "metatutor.config",
+        "metatutor.runs",
+        "metatutor.cli",
+    }
+    loaded = run("import sys, torch; before = set(sys.modules); import metatutor; print(*set(sys.modules) - before)")
+    assert heavy & set(loaded.split()) == set()
