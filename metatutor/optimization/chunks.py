@@ -52,6 +52,9 @@ class Compiled:
     Args:
         function: of tensors, returning tensors.
 
+    Raises:
+        ValueError: when called, if it cannot be traced or compiled.
+
     Reference:
         Ansel et al. (2024), PyTorch 2.
     """
@@ -65,6 +68,13 @@ class Compiled:
 
         shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
         if shapes not in self.compiled:
-            self.compiled[shapes] = torch.compile(make_fx(self.function)(*tensors))
+            try:
+                compiled = torch.compile(make_fx(self.function)(*tensors))
+                with torch.no_grad():
+                    compiled(*tensors)  # which is when it is compiled
+            except (RuntimeError, TypeError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"this network cannot be compiled ({reason}); leave compiled out") from error
+            self.compiled[shapes] = compiled
         with torch.no_grad():
             return self.compiled[shapes](*tensors)
