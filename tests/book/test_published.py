@@ -7,7 +7,7 @@ import re
 import pytest
 from sources import ROOT, bibliography_keys
 
-from metatutor.recording import published, published_streams
+from metatutor.runs import published, published_streams
 
 # 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot
 TABLE = """
