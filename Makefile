@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+EXECUTED := _build/executed
+SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
@@ -40,19 +42,27 @@ test: lint types unit notebooks ## check style and types, run all tests and ever
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(STRIP) --verify $(NOTEBOOKS)
 
 types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
-	$(BIN)/python -m pytest -q --durations=10
+	$(BIN)/python -m pytest -q --numprocesses auto --durations=10
 
-notebooks: $(INSTALLED) ## only the notebooks, fast preset
-	$(BIN)/python -m pytest -q --nbmake --nbmake-timeout=900 --durations=0 notebooks
+notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show is kept for the book
 
-book: $(INSTALLED) ## run every notebook and build the book, warnings being errors
-	$(BIN)/jupyter-book build --all -n -W --keep-going .
+$(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
+	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED) && cp $(NOTEBOOKS) $(EXECUTED)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
+	@touch $@
+
+book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors
+	@rm -rf _build/source && mkdir -p _build/source/notebooks && cp -r book _toc.yml _build/source
+	@cp $(EXECUTED)/*.ipynb _build/source/notebooks
+	@sed 's/execute_notebooks: force/execute_notebooks: "off"/' _config.yml > _build/source/_config.yml
+	$(BIN)/jupyter-book build --all -n -W --keep-going --path-output . _build/source
 	$(BIN)/python book/_ext/check_pages.py _build/html
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 
 
+@runtime_checkable
 class Adapting(Protocol):
     """A learner that adapts its network to each task by steps."""
 

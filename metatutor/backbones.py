@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.double_backward import EPSILON, batch_norm, conv2d, max_pool2d
+from metatutor.double_backward import EPSILON, batch_norm, conv2d, group_norm, max_pool2d
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
@@ -317,7 +317,7 @@ class ConvBlock(nn.Module):
     def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
         """Normalise by the policy's statistics, then scale and shift each channel."""
         if self.normalization == "group":
-            return F.group_norm(images, gcd(8, images.shape[1]), self.scale, self.shift, EPSILON)
+            return group_norm(images, self.scale, self.shift, gcd(8, images.shape[1]))
         if self.normalization == "batch" or n_support is None:
             return batch_norm(images, self.scale, self.shift)
         variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)

@@ -1,4 +1,4 @@
-"""Convolution, batch normalisation and max-pooling whose second derivatives cost no more than they must.
+"""Convolution, normalisation and max-pooling whose second derivatives cost no more than they must.
 
 Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double
 backward of batch normalisation is some thirty passes over the activations, and its double backward of a
@@ -76,6 +76,35 @@ def batch_norm(
     """
     never_zero = weight + (weight == 0) * 1e-12  # the double backward divides by it
     return _Norm.apply(images.to(weight.dtype), never_zero, bias)[0]  # under autocast, statistics in full precision
+
+
+def group_norm(
+    images: Float[Tensor, "n c h w"], weight: Float[Tensor, " c"], bias: Float[Tensor, " c"], groups: int
+) -> Float[Tensor, "n c h w"]:
+    """Group normalisation, `torch.nn.functional.group_norm`, also under `vmap` in every supported version of PyTorch.
+
+    `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance of each image over h, w and the
+    channels of a group.
+
+    Args:
+        images: `[n, c, h, w]`.
+        weight: the scale of each channel.
+        bias: the shift of each channel.
+        groups: into how many groups of neighbours the channels are parted.
+
+    Returns:
+        `[n, c, h, w]`.
+
+    Example:
+        >>> group_norm(torch.tensor([0.0, 2.0, 5.0, 7.0]).view(1, 4, 1, 1), torch.ones(4), torch.zeros(4), 2).flatten()
+        tensor([-1.0000,  1.0000, -1.0000,  1.0000])
+
+    Reference:
+        Wu & He (2018), equations 1, 2 and 7.
+    """
+    n, c, h, w = images.shape
+    images = _Dense.apply(images.to(weight.dtype))  # under autocast, statistics in full precision
+    return torch.native_group_norm(images, weight, bias, n, c, h * w, groups, EPSILON)[0]
 
 
 def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
@@ -331,6 +360,33 @@ class _NormTwice(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("double_backward.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
+
+
+# --- group normalisation ---------------------------------------------------------------------------------------
+
+
+class _Dense(Function):
+    """The same images without gaps in memory, in the layout they are in if the kernel of group normalisation reads it.
+
+    PyTorch's own `group_norm` asks for the layout too, and some versions cannot answer under `vmap`.
+    """
+
+    @staticmethod
+    def forward(images: Tensor) -> Tensor:
+        kept = images.device.type == "cpu" and images.is_contiguous(memory_format=torch.channels_last)
+        return images.view_as(images) if kept else images.contiguous()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return out
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return images.movedim(in_dims[0], 0).contiguous(), 0
 
 
 # --- max-pooling ---------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Episode:
 
     @classmethod
     def unchecked(cls, *tensors: Tensor, n_way: int) -> Episode:
-        """An episode of tensors that were checked before, where values cannot be read: while tracing."""
+        """An episode of tensors `[task, ...]` that were checked before, where values cannot be read: while tracing."""
         made = object.__new__(cls)
         names = ("support_images", "support_labels", "query_images", "query_labels")
         vars(made).update(zip(names, tensors, strict=True), n_way=n_way)

@@ -74,6 +74,7 @@ def random_episode(
 
 
 def answers_in_shape(learner: Learner, episode: Episode) -> None:
+    """Logits are `[task, query, way]`, and finite."""
     logits = learner(episode)
     expected = (*episode.query_images.shape[:2], episode.n_way)
     _demand(tuple(logits.shape) == expected, f"logits must be {expected}, got {tuple(logits.shape)}")
@@ -81,12 +82,14 @@ def answers_in_shape(learner: Learner, episode: Episode) -> None:
 
 
 def the_same_without_gradients(learner: Learner, episode: Episode) -> None:
+    """Answers do not depend on whether gradients are recorded."""
     with torch.no_grad():
         without = learner(episode)
     _same(without, learner(episode), "answers under torch.no_grad() differ from those with gradients")
 
 
 def query_labels_are_not_read(learner: Learner, episode: Episode) -> None:
+    """Answers do not depend on query labels, nor on whether there are any."""
     logits = learner(episode)
     others = replace(episode, query_labels=(episode.query_labels + 1) % episode.n_way)
     _same(learner(others), logits, "other query labels changed the answers: they leak")
@@ -94,23 +97,27 @@ def query_labels_are_not_read(learner: Learner, episode: Episode) -> None:
 
 
 def support_labels_are_read(learner: Learner, episode: Episode) -> None:
+    """Answers depend on the support labels."""
     others = replace(episode, support_labels=(episode.support_labels + 1) % episode.n_way)
     changed = (learner(others) - learner(episode)).abs().max()
     _demand(bool(changed > 0), "other support labels change no answer: nothing is learned from them")
 
 
 def permuted_queries_permute_the_answers(learner: Learner, episode: Episode) -> None:
+    """The order of the query images does not matter."""
     order = torch.randperm(episode.query_images.shape[1])
     permuted = replace(episode, query_images=episode.query_images[:, order], query_labels=None)
     _same(learner(permuted), learner(episode)[:, order], "the order of the queries matters")
 
 
 def tasks_do_not_meet(learner: Learner, episode: Episode) -> None:
+    """A task is answered alike in whatever batch it comes."""
     one_by_one = torch.cat([learner(task) for task in episode])
     _same(learner(episode), one_by_one, "tasks side by side are answered otherwise than one by one")
 
 
 def transductive_as_declared(learner: Learner, episode: Episode) -> None:
+    """Whether one query image changes the answer for another is what `transductive` says."""
     measured = is_transductive(learner, episode)
     _demand(
         measured == learner.transductive,
@@ -120,6 +127,7 @@ def transductive_as_declared(learner: Learner, episode: Episode) -> None:
 
 
 def ways_as_declared(learner: Learner, episode: Episode) -> None:
+    """Any number of shots is answered, and the ways that `ways` says; others are a `ValueError`."""
     shape = tuple(episode.query_images.shape[2:])
     for k_shot in (1, 3):
         answers_in_shape(learner, random_episode(shape, n_way=episode.n_way, k_shot=k_shot))
@@ -138,6 +146,7 @@ def ways_as_declared(learner: Learner, episode: Episode) -> None:
 
 
 def meta_loss_is_pure(learner: Learner, episode: Episode) -> None:
+    """`meta_loss` is a finite scalar, the same when asked again, and changes nothing."""
     if not _learns(learner, episode):
         return
     episode = _training_episode(learner, episode)
@@ -151,7 +160,7 @@ def meta_loss_is_pure(learner: Learner, episode: Episode) -> None:
 
 
 def gradients_as_declared(learner: Learner, episode: Episode) -> None:
-    """A central difference along a random direction."""
+    """The gradient of `meta_loss` is a central difference along a random direction."""
     if not learner.learns:
         return
     episode = _training_episode(learner, episode)
@@ -176,6 +185,7 @@ def gradients_as_declared(learner: Learner, episode: Episode) -> None:
 
 
 def what_adapts_moves(learner: Learner, episode: Episode) -> None:
+    """What is said to move, moves, the last layer first of all; and the rest stays."""
     adapt, moving = getattr(learner, "adapt", None), getattr(learner, "moving", None)
     if adapt is None or moving is None or (not getattr(learner, "test_inner_steps", None) and not learner.inner_steps):
         return
@@ -193,6 +203,7 @@ def what_adapts_moves(learner: Learner, episode: Episode) -> None:
 
 
 def nothing_is_left_behind(learner: Learner, episode: Episode) -> None:
+    """An answer does not depend on what was asked before."""
     other = random_episode(tuple(episode.query_images.shape[2:]), n_way=episode.n_way)
     before, first = _state(learner), learner(episode)
     learner(other)
@@ -201,6 +212,7 @@ def nothing_is_left_behind(learner: Learner, episode: Episode) -> None:
 
 
 def copies_are_alike(learner: Learner, episode: Episode) -> None:
+    """Copies, pickles and what `state_dict` holds answer as the learner does."""
     logits = learner(episode)
     _same(copy.deepcopy(learner)(episode), logits, "a deep copy answers otherwise")
     _same(pickle.loads(pickle.dumps(learner))(episode), logits, "a pickled copy answers otherwise")
@@ -213,6 +225,7 @@ def copies_are_alike(learner: Learner, episode: Episode) -> None:
 
 
 def devices_are_alike(learner: Learner, episode: Episode) -> None:
+    """It answers in float32, and on a GPU if there is one."""
     logits = learner.float()(episode.to(torch.float32))
     for device in ("cuda",) if torch.cuda.is_available() else ():
         moved = learner.to(device)(episode.to(torch.float32).to(device)).cpu()

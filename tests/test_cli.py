@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from metatutor.recording import FILES, RunConfig, load_config
 
 from metatutor.cli import main
-from metatutor.recording import FILES, RunConfig, load_config
 from tests.test_recording import TINY
 
 TRAIN = [

@@ -49,7 +49,7 @@ class Stranger(Learner):
         self,
         network: nn.Module,
         *,
-        widths: Sequence[int] = [3, 4],  # noqa: B006 - to be made hashable
+        widths: Sequence[int] = [3, 4],
         rate: float | None = None,
         kind_of: Literal["a", "b"] = "a",
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
@@ -71,8 +71,25 @@ def config(method: str = "maml", **changes: Any) -> RunConfig:
 
 def test_every_method_and_network_has_one_tag() -> None:
     assert sorted(METHODS) == sorted(
-        "maml implicit-maml reptile meta-lstm plain-lstm feed-forward meta-net snail mann nearest-pixels scratch "
-        "pretrained-finetuned pretrained-cosine siamese matching prototypical relation".split()
+        [
+            "maml",
+            "implicit-maml",
+            "reptile",
+            "meta-lstm",
+            "plain-lstm",
+            "feed-forward",
+            "meta-net",
+            "snail",
+            "mann",
+            "nearest-pixels",
+            "scratch",
+            "pretrained-finetuned",
+            "pretrained-cosine",
+            "siamese",
+            "matching",
+            "prototypical",
+            "relation",
+        ]
     )
     assert sorted(KINDS) == ["conv-net", "mlp", "pixels"]
 
@@ -267,7 +284,11 @@ def test_a_test_changes_arguments_of_learner_and_network() -> None:
         ("maml", TestConfig(stream=True), "maml answers no stream"),
         ("maml", TestConfig(k_shot=0), "k_shot must be a positive integer"),
         ("maml", TestConfig(learner={"steps": 3}), "arguments of the learner: steps: Unexpected"),
-        ("maml", TestConfig(learner={"test_inner_steps": "3"}), "arguments of the learner: test_inner_steps: .*integer"),
+        (
+            "maml",
+            TestConfig(learner={"test_inner_steps": "3"}),
+            "arguments of the learner: test_inner_steps: .*integer",
+        ),
         ("maml", TestConfig(learner={"inner_lr": -3.0}), "inner_lr must be positive"),
         ("maml", TestConfig(network={"filtres": 3}), "arguments of the network: filtres: Unexpected"),
     ],

@@ -1,4 +1,4 @@
-"""The convolution, batch normalisation and max-pooling that may be differentiated twice, against PyTorch's own."""
+"""The convolution, normalisations and max-pooling that may be differentiated twice, against PyTorch's own."""
 
 from __future__ import annotations
 
@@ -156,6 +156,55 @@ def test_third_derivative_of_batch_norm_raises_under_torch_func():
         func_grad(gradient_norm(gradient_norm(loss)))(random(3, 2, 2, 2))
 
 
+# --- group normalisation ---------------------------------------------------------------------------------------
+
+
+def ours_in_groups(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return double_backward.group_norm(images, weight, bias, 2)
+
+
+def torch_in_groups(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(images, 2, weight, bias, 1e-5)
+
+
+def test_group_norm_against_finite_differences():
+    inputs = (leaf(2, 4, 2, 2), leaf(4, seed=1), leaf(4, seed=2))
+    assert gradcheck(ours_in_groups, inputs)
+    assert gradgradcheck(ours_in_groups, inputs)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda images: images,
+    "channels last": lambda images: images.contiguous(memory_format=torch.channels_last),
+    "with gaps": lambda images: images.repeat_interleave(2, 3)[..., ::2],
+    "turned": lambda images: images.transpose(2, 3).contiguous().transpose(2, 3),
+    "one image for all": lambda images: images[:1].expand_as(images),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_norm_is_torchs_whatever_the_layout(layout: str):
+    assert agree(
+        lambda images, *others: ours_in_groups(LAYOUTS[layout](images), *others).pow(3),
+        lambda images, *others: torch_in_groups(LAYOUTS[layout](images), *others).pow(3),
+        [leaf(3, 4, 5, 3), leaf(4, seed=1), leaf(4, seed=2)],
+        orders=3,
+    )
+
+
+def test_group_norm_keeps_channels_last():
+    images = random(3, 4, 5, 3).contiguous(memory_format=torch.channels_last)
+    assert ours_in_groups(images, random(4), random(4)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_under_autocast_has_statistics_in_full_precision():
+    images = (random(3, 4, 5, 5) * 1e-2 + 10).bfloat16()
+    weight, bias = random(4).float(), random(4, seed=1).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ours_in_groups(images, weight, bias)
+    torch.testing.assert_close(found, torch_in_groups(images.float(), weight, bias))
+
+
 # --- side by side under vmap -----------------------------------------------------------------------------------
 
 
@@ -184,17 +233,38 @@ def test_convolutions_side_by_side(batched: tuple[bool, bool], stride: int, padd
     )
 
 
+NORMS = {
+    "batch": (double_backward.batch_norm, torch_batch_norm),
+    "group": (ours_in_groups, torch_in_groups),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize(
     "batched", [(True, True, True), (True, False, False), (False, True, False), (False, True, True)]
 )
-def test_batch_norms_side_by_side(batched: tuple[bool, bool, bool]):
+def test_normalisations_side_by_side(norm: str, batched: tuple[bool, bool, bool]):
+    ours, theirs = NORMS[norm]
     shapes = [(3, 4, 2, 2, 3)[not batched[0] :], (3, 2)[not batched[1] :], (3, 2)[not batched[2] :]]
     inputs = [leaf(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     in_dims = tuple(0 if many else None for many in batched)
     assert agree(
-        vmap(lambda *inputs: double_backward.batch_norm(*inputs).pow(3), in_dims),
-        stacked(lambda *inputs: torch_batch_norm(*inputs).pow(3), batched),
+        vmap(lambda *inputs: ours(*inputs).pow(3), in_dims),
+        stacked(lambda *inputs: theirs(*inputs).pow(3), batched),
         inputs,
+        orders=2,
+    )
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_group_norms_side_by_side_of_what_a_convolution_leaves(last: bool):
+    """Channels last, all tasks in a row, or tasks last: layouts that neither kernel reads as they are."""
+    images, weight, bias = leaf(3, 5, 6, 2, 4, seed=1), leaf(4, seed=2), leaf(4, seed=3)  # [n, h, w, task, c]
+    order, axis = ((0, 4, 1, 2, 3), 4) if last else ((0, 3, 4, 1, 2), 1)
+    assert agree(
+        lambda x, w, b: vmap(ours_in_groups, (axis, None, None))(x.permute(order), w, b).pow(3),
+        lambda x, w, b: stacked(torch_in_groups, (True, False, False))(x.permute(3, 0, 4, 1, 2), w, b).pow(3),
+        [images, weight, bias],
         orders=2,
     )
 
@@ -231,7 +301,8 @@ def test_the_first_of_equal_pixels_takes_the_gradient():
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("orders", [1, 2])
-def test_gradients_taken_inside_vmap(orders: int):
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradients_taken_inside_vmap(norm: str, orders: int):
     """`vmap(grad(...))`, as a reader would write it."""
     images, bias, weights, scales = random(3, 2, 5, 5), random(4), random(2, 4, 2, 3, 3), random(2, 4, seed=1)
 
@@ -243,5 +314,7 @@ def test_gradients_taken_inside_vmap(orders: int):
         of_weights, of_scales = vmap(func_grad(function, (0, 1)))(weights, scales)
         return torch.cat([of_weights.flatten(), of_scales.flatten()])
 
-    ours, theirs = gradients(double_backward.conv2d, double_backward.batch_norm), gradients(F.conv2d, torch_batch_norm)
+    ours, theirs = (
+        gradients(conv, norm) for conv, norm in zip((double_backward.conv2d, F.conv2d), NORMS[norm], strict=True)
+    )
     assert torch.allclose(ours, theirs, rtol=1e-9)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from metatutor.optimization.engine import Compiled, chunks, with_known_gradient
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from metatutor.backbones import MLP, ConvNet
 from metatutor.episodes import Episode
-from metatutor.optimization.engine import Compiled, chunks, with_known_gradient
 
 Episodes = Callable[..., Episode]
 

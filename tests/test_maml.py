@@ -12,13 +12,13 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from metatutor.optimization.engine import chunks
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from metatutor.backbones import MLP, ConvNet, Normalization, Pooling
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.optimization import MAML, MAMLConfig
-from metatutor.optimization.engine import chunks
 from metatutor.training import TrainConfig, train
 
 Episodes = Callable[..., Episode]

@@ -8,12 +8,12 @@ from functools import cache
 
 import pytest
 import torch
+from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
 from metatutor.data import Splits
 from metatutor.episodes import Episode
 from metatutor.evaluation import ByInstance, Evaluation, Regression
 from metatutor.memory.stream import StreamLearner
-from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
 N_EPISODES = 20
 

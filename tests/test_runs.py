@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from metatutor import config as config_module, runs
+from metatutor import config as config_module
+from metatutor import runs
 from metatutor.config import DataConfig, RunConfig, SinusoidsConfig, TestConfig, ValidationConfig, known, load_config
 from metatutor.data import Strokes
 from metatutor.evaluation import Evaluation, evaluate, scores
@@ -188,7 +189,9 @@ def test_other_methods_go_the_same_way(config: RunConfig, tmp_path: Path) -> Non
     [found] = trained(config, tmp_path / "run", replace(TEST, n_way=5))
     assert evaluate_run(tmp_path / "run", replace(TEST, n_way=5)) == found
     assert (tmp_path / "run" / "model.safetensors").exists() == (config.train is not None)
-    assert load_run("tiny-5w1s", tmp_path).history == ([] if config.train is None else load_run("run", tmp_path).history)
+    assert load_run("tiny-5w1s", tmp_path).history == (
+        [] if config.train is None else load_run("run", tmp_path).history
+    )
 
 
 def test_a_regression_is_recorded_step_by_step(tmp_path: Path) -> None:
@@ -229,7 +232,10 @@ def test_many_weights_are_recorded_in_half_precision_and_evaluated_so(
     assert {t.dtype for t in whole.values()} == {torch.float32}
     monkeypatch.setattr(runs, "WEIGHTS_LIMIT", (tmp_path / "whole" / "model.safetensors").stat().st_size - 1)
     trained(STREAM, tmp_path / "half")
-    half, read = load_file(tmp_path / "half" / "model.safetensors"), load_learner(tmp_path / "half", STREAM).state_dict()
+    half, read = (
+        load_file(tmp_path / "half" / "model.safetensors"),
+        load_learner(tmp_path / "half", STREAM).state_dict(),
+    )
     for name, tensor in half.items():
         assert torch.equal(tensor, whole[name].half())  # the same training
         assert torch.equal(read[name], tensor.float())

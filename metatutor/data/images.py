@@ -147,7 +147,7 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
         ValueError: if they are of another form; it says what to do.
 
     Example:
-        >>> pixels(torch.full((2, 28, 28), 255, dtype=torch.uint8)).shape
+        >>> pixels(torch.zeros((2, 28, 28), dtype=torch.uint8)).shape
         torch.Size([2, 1, 28, 28])
     """
     tensor = _stacked(images, name)

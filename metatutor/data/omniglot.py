@@ -253,10 +253,10 @@ def _fingerprint(source: Path) -> str:
     with _reading(source):
         if source.is_file():
             return hashlib.sha256(source.read_bytes()).hexdigest()
-        digest = hashlib.sha256(str(source.resolve()).encode())
+        digest = hashlib.sha256(os.fsencode(source.resolve()))
         for path in sorted(entries(source)):
             status = os.stat(path)
-            digest.update(f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\0".encode())
+            digest.update(os.fsencode(f"{path}\0{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\0"))
         return digest.hexdigest()
 
 

@@ -28,6 +28,7 @@ _EDGES = 12  # of the polyline that a gesture is
 _DOTS = 104  # of ink, spread evenly along a drawing
 _PEN, _BLUR = 1.5, 0.48  # width of a line; standard deviation of the blur that shrinking a scan to 28 pixels leaves
 _CANDIDATES = 8  # for each character; the clearest is taken
+_GRID = 2**13  # steps of a score in 1: far coarser than rounding errors, far finer than what an eye tells apart
 _double = partial(torch.tensor, dtype=torch.float64)
 
 # --- the gestures of a pen: corners (column, row) on a 5 × 5 grid, and how common each is ---
@@ -171,9 +172,19 @@ def _clearest(habit: _Habit, characters: _Characters) -> Int64[Tensor, " n"]:
     alike = torch.zeros_like(fault)  # the greatest likeness to a character taken before
     taken = []
     for i in range(len(fault)):
-        taken.append(best := int((fault[i] + alike[i]).argmin()))
+        taken.append(best := _first_of_least(fault[i] + alike[i]))
         alike = torch.maximum(alike, looks @ looks[i, best])
     return torch.tensor(taken) + torch.arange(len(taken)) * _CANDIDATES
+
+
+def _first_of_least(scores: Float64[Tensor, " n"]) -> int:
+    """The place of the least score; of scores that differ by rounding errors alone, all are the least.
+
+    Two simple strokes, or two copies of earlier characters, are equally good; which sum comes out the smaller in the
+    last digit depends on the processor.
+    """
+    rounded = (_GRID * scores).round().tolist()
+    return rounded.index(min(rounded))
 
 
 # --- the hand ---
@@ -302,7 +313,7 @@ class Strokes:
             seed: another seed, other alphabets.
 
         Returns:
-            All characters, on the CPU; the same on every platform, but for a pixel or two that are rounded otherwise.
+            All characters, on the CPU; the same to the last pixel on every platform.
 
         Raises:
             ValueError: if a size is not a positive integer.
