@@ -38,7 +38,8 @@ class Described:
         made = super().__new__(cls)
         bound = signature(cls.__init__).bind_partial(made, *args, **kwargs)
         bound.apply_defaults()
-        data = {name: value for name, value in list(bound.arguments.items())[1:] if not callable(value)}
+        named = [n for n, p in bound.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        data = {n: bound.arguments[n] for n in named[1:] if n in bound.arguments and not callable(bound.arguments[n])}
         object.__setattr__(made, "arguments", data)  # a Module takes no attributes before its own __init__
         return made
 
@@ -452,6 +453,8 @@ class Backbone(Embedding):
         like = next(self.module.parameters(), torch.zeros(()))
         images = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
         self.embedding_size = self.embed(images).shape[1]
+        if self.head_prefix is None and self.n_outputs is None:
+            self.n_outputs = self.module(images).shape[-1]
         if self.feature_name is not None:
             self.feature_shape = tuple(self.features(images).shape[1:])  # pyright: ignore[reportAttributeAccessIssue]
         for layer, training in modes.items():

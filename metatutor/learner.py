@@ -172,12 +172,13 @@ class Learner(Described, nn.Module, ABC):
         return made.eval()
 
     def save(self, path: Path | str) -> None:
-        """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle."""
+        """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle, and no loss."""
         network = getattr(self, "network", None)
         about = {"learner": [type(self).__name__, self.arguments]}
         if isinstance(network, Network):
             about["network"] = [type(network).__name__, network.arguments]
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.state_dict().items()}
+        learned = {n: t for n, t in self.state_dict().items() if not n.startswith(("loss.", "inner_loss."))}
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learned.items()}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(tensors, {"metatutor": json.dumps(about)}))
 

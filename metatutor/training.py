@@ -307,8 +307,11 @@ def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Opt
 
 def _log(progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None) -> None:
     classes = not episode.query_labels.is_floating_point()
+    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]  # running statistics are no business of a log
     with torch.no_grad():
         accuracy = learner.measure(episode).float().mean().item() if classes else math.nan
+        for buffer, before in buffers:
+            buffer.copy_(before)
     learner.eval()
     row = {
         "iteration": progress.iteration,

@@ -155,6 +155,12 @@ def test_tied_parameters_are_saved(tmp_path: Path):
     assert torch.equal(answers(load(tmp_path / "tied", Tied())), answers(learner))
 
 
+def test_a_loss_is_not_saved(tmp_path: Path):
+    learner = MAML(ConvNet(3, filters=4), loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
+    learner.save(tmp_path / "weighted")
+    assert torch.equal(answers(load(tmp_path / "weighted")), answers(learner))
+
+
 def test_files_that_are_something_else(tmp_path: Path):
     path = tmp_path / "file"
     for contents in (b"", b"nonsense", (np.zeros(100, dtype=np.uint8)).tobytes()):
