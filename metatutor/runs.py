@@ -6,6 +6,7 @@ of more than 2 MB are recorded in half precision; what is evaluated is always wh
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from metatutor.episodes import ClassImages, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate, scores
 from metatutor.files import replacing
 from metatutor.learner import Learner, load_parameters
-from metatutor.training import MAY_CHANGE, Row, check_device, read_history, train, write_history
+from metatutor.training import HISTORY_FIELDS, MAY_CHANGE, Row, check_device, read_history, train, write_history
 
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluations.json")
 WEIGHTS_LIMIT = 2_000_000  # bytes of a model.safetensors
@@ -169,7 +170,12 @@ def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
 
 
 def _history(folder: Path) -> list[Row]:
-    return read_history(folder / "history.csv") if (folder / "history.csv").exists() else []
+    path = folder / "history.csv"
+    try:
+        history = read_history(path) if path.exists() else []
+        return [{name: row[name] for name in HISTORY_FIELDS} for row in history]
+    except (ValueError, TypeError, KeyError, OSError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({shown(error)}); reproduce the run to make it anew") from None
 
 
 # --- weights ---
