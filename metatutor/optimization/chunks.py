@@ -67,14 +67,15 @@ class Compiled:
         from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and rarely needed
 
         shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        if shapes not in self.compiled:
-            try:
-                compiled = torch.compile(make_fx(self.function)(*tensors))
-                with torch.no_grad():
-                    compiled(*tensors)  # which is when it is compiled
-            except (RuntimeError, TypeError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ValueError(f"this network cannot be compiled ({reason}); leave compiled out") from error
-            self.compiled[shapes] = compiled
-        with torch.no_grad():
-            return self.compiled[shapes](*tensors)
+        if shapes in self.compiled:
+            with torch.no_grad():
+                return self.compiled[shapes](*tensors)
+        try:
+            compiled = torch.compile(make_fx(self.function)(*tensors))
+            with torch.no_grad():
+                outputs = compiled(*tensors)  # compiles
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"this network cannot be compiled ({reason}); leave compiled out") from error
+        self.compiled[shapes] = compiled
+        return outputs
