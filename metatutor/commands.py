@@ -1,4 +1,4 @@
-"""The commands of `metatutor`: get the data, train, evaluate, reproduce."""
+"""Get the data, train, evaluate, reproduce; `metatutor --version` tells which version this is."""
 
 from __future__ import annotations
 

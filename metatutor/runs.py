@@ -6,6 +6,7 @@ of more than 2 MB are recorded in half precision; what is evaluated is always wh
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from metatutor.episodes import ClassImages, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate, scores
 from metatutor.files import replacing
 from metatutor.learner import Learner, load_parameters
-from metatutor.training import MAY_CHANGE, Row, check_device, read_history, train, write_history
+from metatutor.training import HISTORY_FIELDS, MAY_CHANGE, Row, check_device, read_history, train, write_history
 
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluations.json")
 WEIGHTS_LIMIT = 2_000_000  # bytes of a model.safetensors
@@ -38,20 +39,7 @@ VALIDATION_SEED = 1_000_003  # far from the seeds of training and test
 
 @dataclass(frozen=True)
 class Run:
-    """A recorded run and one of its evaluations, read.
-
-    Args:
-        name: of the evaluation.
-        folder: where the run lies.
-        config: what it was trained with.
-        test: what the evaluation is of.
-        evaluation: what was recorded of it, and of the training: accuracy, interval, seconds, device, …
-        history: the rows of `history.csv`; none for a method without training.
-
-    Example:
-        >>> all(load_run(name).evaluation["n_episodes"] >= 600 for name in run_names())
-        True
-    """
+    """A recorded run and one of its evaluations: what it was trained with, what was recorded of both, its history."""
 
     name: str
     folder: Path
@@ -83,14 +71,15 @@ def run_names(results: Path | None = None) -> list[str]:
 
 
 def load_run(name: str, results: Path | None = None) -> Run:
-    """Read a recorded run.
+    """Read a recorded run; a ValueError tells if there is none, or it is damaged.
 
     Args:
         name: of an evaluation, such as `omniglot-maml-5w5s`; or of a run's folder, for its first evaluation.
         results: the folder to look in; default: `results_folder()`.
 
-    Raises:
-        ValueError: if there is no such run, or its files are damaged.
+    Example:
+        >>> load_run("omniglot-maml-5w1s").config.train.iterations
+        16000
     """
     folder, record = _find(name, results)
     about = {key: value for key, value in read_evaluations(folder).items() if key != "evaluations"}
@@ -169,18 +158,19 @@ def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
 
 
 def _history(folder: Path) -> list[Row]:
-    return read_history(folder / "history.csv") if (folder / "history.csv").exists() else []
+    path = folder / "history.csv"
+    try:
+        history = read_history(path) if path.exists() else []
+        return [{name: row[name] for name in HISTORY_FIELDS} for row in history]
+    except (ValueError, TypeError, KeyError, OSError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({shown(error)}); reproduce the run to make it anew") from None
 
 
 # --- weights ---
 
 
 def load_learner(folder: Path, config: RunConfig) -> Learner:
-    """The learner of a configuration with the parameters recorded in a folder, in evaluation mode.
-
-    Raises:
-        ValueError: if the parameters are missing, damaged, or of another architecture.
-    """
+    """The learner of a configuration with the parameters recorded in a folder, in evaluation mode."""
     learner = config.build(n_train_classes=1)  # all that `finish` leaves of a classifier's
     if config.train is not None:
         path = folder / "model.safetensors"
@@ -228,14 +218,11 @@ def run_training(
     """Train a configuration, then evaluate it; a run killed before goes on where its last checkpoint stood.
 
     Args:
-        config: what to train.
+        config: what to train; a ValueError tells if data or tests do not fit it, before anything is computed.
         folder: gets the four files of a recorded run, and the checkpoints.
         tests: the evaluations.
         data: where Omniglot lies (see `Omniglot.load`).
         device, progress_bar: see `train`.
-
-    Raises:
-        ValueError: if the folder holds another configuration, or data or tests do not fit it.
     """
     check_device(device)
     splits = _claimed(config, folder, tests, data)
@@ -269,14 +256,13 @@ def evaluate_run(
     device: torch.device | str | None = None,
     record: bool = False,
 ) -> Evaluation:
-    """Evaluate the recorded weights of a run.
+    """Evaluate the recorded weights of a run, on the CPU unless a device is given.
 
     Args:
         folder: of the run.
         test: the evaluation.
-        splits: the classes, where they are loaded already.
-        data: where Omniglot lies (see `Omniglot.load`).
-        device: where to compute; default: the CPU.
+        splits, data: the classes, where they are loaded already; or where Omniglot lies.
+        device: where to compute.
         record: whether what comes of it goes to `evaluations.json`, under the name of the test.
     """
     if record:
@@ -307,12 +293,7 @@ def evaluate_run(
 def reproduce(
     source: Path, folder: Path, *, data: Path | str | None = None, device: str | None = None, progress_bar: bool = True
 ) -> list[tuple[str, Evaluation, Evaluation | None]]:
-    """Train a recorded run again, from its `config.json` alone, and evaluate it as it was evaluated.
-
-    Args:
-        source: the folder of the recorded run.
-        folder: gets the files of the new one.
-        data, device, progress_bar: see `run_training`.
+    """Train a recorded run again, from its `config.json` alone, into another folder, and evaluate it as it was.
 
     Returns:
         The name of every evaluation, what it came to now, and what was recorded.

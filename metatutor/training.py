@@ -389,7 +389,8 @@ class _State:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             config, progress, best = dict(state["config"]), _Progress(**state["progress"]), state["best"]
-            parts = [state[name] for name in ("learner", "optimizer", "scheduler", "sampler", "torch")]
+            parts = [state[name] for name in ("optimizer", "scheduler", "sampler")]
+            weights, random = dict(state["learner"]), state["torch"]
         except Exception as error:
             raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
         changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
@@ -397,11 +398,13 @@ class _State:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )
-        weights, *parts, random = parts
         load_parameters(self.learner, weights, path)
-        for part, of in zip(parts, (self.optimizer, self.scheduler, self.sampler), strict=True):
-            of.load_state_dict(part)
-        torch.set_rng_state(random)
+        try:
+            for part, of in zip(parts, (self.optimizer, self.scheduler, self.sampler), strict=True):
+                of.load_state_dict(part)
+            torch.set_rng_state(random)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no whole checkpoint; delete it to start anew ({error})") from error
         self.progress, self.best = progress, best
 
 

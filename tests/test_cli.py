@@ -13,6 +13,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from metatutor import config, runs
 from metatutor.cli import main
@@ -162,6 +163,23 @@ def test_an_operating_system_that_refuses_costs_one_line(
         main(["runs"])
     assert end.value.code == 2
     assert capsys.readouterr().err == f"metatutor: some/file: {os.strerror(number)}\n"
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_a_damaged_checkpoint_costs_one_line(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(TRAIN)
+    path = elsewhere / "runs/tiny/checkpoint.pt"
+    whole = torch.load(path)
+    damages = [{name: value for name, value in whole.items() if name != lost} for lost in whole]
+    damages += [whole | {name: wrong} for name in ("config", "learner", "optimizer", "sampler") for wrong in ({}, 1)]
+    damages += [{}, []]
+    for damage in damages:
+        torch.save(damage, path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(TRAIN)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert end.value.code == 2 and error.startswith("metatutor: ") and "checkpoint.pt" in error
 
 
 # --- as a process of its own ---

@@ -353,6 +353,16 @@ def test_a_damaged_record_is_named_and_hides_no_other(copied: Path, damage: str)
     assert load_run("whole-5w1s", copied.parent).config == TINY
 
 
+@pytest.mark.parametrize("damage", [b"", b"\xff\xff", b"iteration\n3\n", b"iteration,seconds\n3\n", b"a,b\n1,x\n"])
+def test_a_damaged_history_is_named(copied: Path, damage: bytes) -> None:
+    (copied / "history.csv").write_bytes(damage)
+    if not damage:
+        assert load_run("tiny-5w1s", copied.parent).history == []
+        return
+    with pytest.raises(ValueError, match=r"history\.csv is damaged"):
+        load_run("tiny-5w1s", copied.parent)
+
+
 @pytest.mark.parametrize("lost", ["name", "n_way", "ci95", "accuracy", "split"])
 def test_an_evaluation_without_a_field_is_damaged(copied: Path, lost: str) -> None:
     about = json.loads((copied / "evaluations.json").read_text())
