@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
 from metatutor.backbones import ConvBlock, Embedding, Network, backbone
@@ -125,15 +126,18 @@ class Scratch(_Untrained, NetworkLearner):
 
     def adapt(self, episode: Episode) -> Parameters:
         """The trained parameters and the buffers of every task, `[task, ...]` by name; only the support set is read."""
-        if self.ways not in (None, episode.n_way):
+        initial = self.initial_parameters(episode)
+        first = {name: p[0] for name, p in initial.items()}
+        ways = self.ways or functional_call(self.network, first, (episode.support_images[0, :1],)).shape[-1]
+        if ways != episode.n_way:
             raise ValueError(
-                f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; "
+                f"the network has {ways} outputs but the episode is {episode.n_way}-way; "
                 f"build ConvNet(n_outputs={episode.n_way})"
             )
         optimizer = partial(torch.optim.Adam, lr=self.lr)
         moving = {name for name, p in self.network.named_parameters() if p.requires_grad}
         self._keep_statistics(True)
-        adapted = _descend(self, self.initial_parameters(episode), episode, self.steps, optimizer, moving)
+        adapted = _descend(self, initial, episode, self.steps, optimizer, moving)
         self._keep_statistics(False)
         return adapted
 

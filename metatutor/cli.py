@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
 
+from metatutor.allocator import let_threads_sleep
+from metatutor.files import one_line
+
 LONGEST = 4096  # characters of an argument that makes sense
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have them: 128 and the number of the signal
 
@@ -43,6 +46,7 @@ def _run(arguments: list[str]) -> None:
     longest = max(map(len, arguments), default=0)
     if longest > LONGEST:
         raise ValueError(f"an argument has {longest:,} characters; none that makes sense has more than {LONGEST:,}")
+    let_threads_sleep()
     with _leaving_at_once():
         from metatutor import commands
     _parsed(commands, arguments)()
@@ -93,16 +97,15 @@ def _leaving_at_once() -> Iterator[None]:
 
 
 def _end(status: int, message: str = "") -> None:
-    """Exit with a status after one line of printable characters, not too long."""
+    """Exit with a status, after one line if there is something to say."""
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads on, or the disk is full: what is left is not to be tried again at exit
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    with suppress(OSError):
-        if line:
-            print(f"metatutor: {line if len(line) <= 1000 else line[:999] + '…'}", file=sys.stderr)
+    if message:
+        with suppress(OSError):
+            print(f"metatutor: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
 
 

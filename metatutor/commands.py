@@ -19,54 +19,34 @@ from metatutor.evaluation import Evaluation
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-app, data_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+app = tyro.extras.SubcommandApp()
 
 
-def command(to: tyro.extras.SubcommandApp) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a function as a command that parsing leaves to be done."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        to.command(name=function.__name__)(wraps(function)(partial(partial, function)))
-        return function
-
-    return register
+    app.command(name=function.__name__)(wraps(function)(partial(partial, function)))
+    return function
 
 
-@command(data_app)
-def download(data: Folder = None, runs: bool = False) -> None:
-    """Download Omniglot and compare every pixel with the published ones.
-
-    Args:
-        data: where to put it; default: METATUTOR_DATA, else your cache folder.
-        runs: get Lake's 20 one-shot runs too.
-    """
-    print(omniglot.download(data, runs=runs))
-
-
-@command(data_app)
-def verify(data: Folder = None) -> None:
-    """Compare every pixel of your copy of Omniglot with the published ones.
+@command
+def data(
+    action: Annotated[Literal["download", "verify", "info"], tyro.conf.Positional],
+    data: Folder = None,
+    runs: bool = False,
+) -> None:
+    """Omniglot: download it, compare every pixel of your copy with the published ones, or count what it holds.
 
     Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
+        action: what to do.
+        data: where it lies, or is to lie; default: METATUTOR_DATA, else your cache folder.
+        runs: download Lake's 20 one-shot runs too.
     """
-    print(omniglot.verify(data))
+    if runs and action != "download":
+        raise ValueError(f"--runs is for download; leave it out of {action}")
+    print(omniglot.download(data, runs=runs) if action == "download" else getattr(omniglot, action)(data))
 
 
-@command(data_app)
-def info(data: Folder = None) -> None:
-    """Count what your copy of Omniglot holds, and tell where its pixels are kept.
-
-    Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
-    """
-    print(omniglot.info(data))
-
-
-app.command(data_app, name="data")
-
-
-@command(app)
+@command
 def train(
     name: RunName,
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),  # noqa: B008 - frozen
@@ -91,7 +71,7 @@ def train(
     print(evaluation)
 
 
-@command(app)
+@command
 def evaluate(
     run: RunName,
     split: Literal["test", "validation"] | None = None,
@@ -127,7 +107,7 @@ def evaluate(
         )
 
 
-@command(app)
+@command
 def reproduce(
     run: RunName, runs: Path = Path("runs"), data: Folder = None, device: str | None = None, record: bool = False
 ) -> None:
@@ -153,7 +133,7 @@ def reproduce(
             shutil.copy2(file, target / file.name)
 
 
-@command(app)
+@command
 def runs() -> None:
     """List the recorded runs: every evaluation, what it came to, and the folder of its run."""
     rows = []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from metatutor.allocator import peak_memory_mib
 from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
 from metatutor.data import Splits
 from metatutor.episodes import ClassImages, EpisodeSpec
@@ -232,8 +232,7 @@ def run_training(
         folder: gets the four files of a recorded run, and the checkpoints.
         tests: the evaluations.
         data: where Omniglot lies (see `Omniglot.load`).
-        device: see `train`.
-        progress_bar: whether to show one.
+        device, progress_bar: see `train`.
 
     Raises:
         ValueError: if the folder holds another configuration, or data or tests do not fit it.
@@ -380,17 +379,3 @@ def device_name(device: torch.device) -> str:
         return f"cuda, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
-
-
-def peak_memory_mib() -> int:
-    """The most memory the process has held so far: on the GPU if one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return round(psutil.Process().memory_info().peak_wset / 2**20)  # pyright: ignore[reportAttributeAccessIssue]
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -50,7 +50,7 @@ def test_every_bad_command_line_costs_one_line(working_folder: Path, capsys: pyt
             status = repr(error)[:200]
         out, error = capsys.readouterr()
         one_line = error.startswith("metatutor: ") and error.count("\n") == 1 and error.rstrip("\n").isprintable()
-        if status != 2 or not one_line or len(error) > 1100 or out:
+        if status != 2 or not one_line or len(error) > 2100 or out:
             wrong.append((command.kind, [a[:80] for a in command.arguments][-6:], status, error[:200], out[:80]))
     assert not wrong, "\n".join(map(str, wrong))
     assert tree(working_folder.parent) == before

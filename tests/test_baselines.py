@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from metatutor.backbones import ConvNet, Normalization
 from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
 from metatutor.episodes import ClassificationSampler, ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.evaluation import is_transductive, scores
-from metatutor.learner import Learner, Loss
+from metatutor.learner import Learner, Loss, load
 from metatutor.testing import check_learner
 from metatutor.training import TrainConfig, train
 from tests.networks import NETWORKS, SIZE, Tied, sequential, with_running_statistics
@@ -435,8 +436,10 @@ def test_arguments_are_kept(learner: Any, other: dict[str, Any]) -> None:
     assert learner(network()).arguments.keys() == made.arguments.keys()
 
 
-def test_nearest_pixels_has_no_arguments() -> None:
+def test_nearest_pixels_has_no_arguments_and_can_be_saved(tmp_path: Path) -> None:
     assert NearestPixels().arguments == {}
+    NearestPixels().save(tmp_path / "pixels.safetensors")
+    assert isinstance(load(tmp_path / "pixels.safetensors"), NearestPixels)
 
 
 class Copying(nn.Module):
@@ -466,6 +469,12 @@ class Copying(nn.Module):
         (lambda: PretrainedCosine(pretrained(), scale=0.0), "scale must be positive"),
         (lambda: Scratch(network(5))(random_episode()), r"5 outputs but the episode is 3-way; build ConvNet\(n_outp"),
         (lambda: Scratch(Tied(5))(random_episode()), "5 outputs but the episode is 3-way"),
+        (
+            lambda: Scratch(nn.Sequential(nn.Flatten(), nn.Tanh()))(random_episode()),
+            "64 outputs but the episode is 3-way",
+        ),
+        (lambda: ClassificationSampler(patterned_classes(), 0), "images_per_task must be positive, got 0"),
+        (lambda: ClassificationSampler(patterned_classes(), 1).sample(0), "n_tasks must be positive, got 0"),
         (
             lambda: PretrainedCosine(network(5))(ClassificationSampler(patterned_classes(), 2).sample(1)),
             "5 outputs but there are 6 classes",

@@ -219,7 +219,7 @@ def test_every_argument_arrives(method: str, random_episode: Episodes):
 def test_sizes_are_what_they_were_asked_to_be():
     made: Any = [CLASSES[method](small(), **changed) for method, changed in CHANGED.items()]
     mann, plain, forward, metanet, snail = made
-    size, code = small().embedding_size, 25  # five letters of five
+    size, code = made[0].embedding_size, 25  # five letters of five
     assert mann.start(2).matrix.shape == (2, 9, 6) and mann.start(2).read.shape == (2, 2, 6)
     assert mann.enter.weight.shape == (4 * 7, size + code) and mann.control.out_features == 2 * (6 + 1)
     assert plain.enter.weight.shape == (4 * 7, size + code) and plain.out.weight.shape == (code, 7)

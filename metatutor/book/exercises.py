@@ -20,6 +20,7 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from metatutor.book.figures.images import to_show
 from metatutor.book.figures.shown import Shown, identity, widget
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
 from metatutor.learner import Learner
@@ -337,6 +338,8 @@ def check_episode(episode: object, classes: ClassImages, spec: EpisodeSpec) -> V
         return Verdict(False, f"The answer should be an Episode, not {type(episode).__name__}.")
     for name in ("support", "query"):
         images, labels = getattr(episode, f"{name}_images"), getattr(episode, f"{name}_labels")
+        if labels is None:
+            return Verdict(False, f"The {name} images should have labels.")
         if (images.ndim, labels.ndim) != (5, 2) or images.shape[:2] != labels.shape:
             shapes = f"{list(images.shape)} and {list(labels.shape)}"
             want = f"[task, {name}, channel, height, width] and [task, {name}]"
@@ -436,9 +439,10 @@ def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, 
     return widget("game", id=identity("game", text), state=text, **fill)
 
 
-def _data_uri(image: Float[Tensor, "1 h w"]) -> str:
-    """A picture of black ink on white paper, inside its own address."""
-    paper = (255 - image[0].mul(255).round()).to(torch.uint8).cpu().numpy()
+def _data_uri(image: Float[Tensor, "channel h w"]) -> str:
+    """A picture inside its own address: in its colours, or in black ink on white paper."""
+    shown = to_show(image).mul(255).round().to(torch.uint8).numpy()
+    picture = Image.fromarray(shown) if shown.ndim == 3 else Image.fromarray(255 - shown).quantize(16)
     with io.BytesIO() as file:
-        Image.fromarray(paper).quantize(16).save(file, format="PNG", optimize=True)
+        picture.save(file, format="PNG", optimize=True)
         return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

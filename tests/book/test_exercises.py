@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from math import comb
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from metatutor.baselines import NearestPixels
 from metatutor.book import exercises
@@ -103,22 +107,33 @@ def untyped(episode: Episode, **fields: torch.Tensor) -> Episode:
     return changed
 
 
+def by_class(episode: Episode) -> Episode:
+    """One task with its support set in class order."""
+    [order] = episode.support_labels.argsort()
+    return replace(
+        episode,
+        support_images=episode.support_images[:, order],
+        support_labels=episode.support_labels[:, order],
+    )
+
+
 def shifted(labels: torch.Tensor) -> torch.Tensor:
     return (labels + 1) % 3
 
 
 FAULTS: dict[str, Callable[[Episode], Episode]] = {
-    "support labels should be": lambda e: replace(e, support_labels=e.support_labels * 0),
-    "query labels should be": lambda e: replace(e, query_labels=e.query_labels + 1),
+    "support labels should be": lambda e: untyped(e, support_labels=e.support_labels * 0),
+    "query labels should be": lambda e: untyped(e, query_labels=e.query_labels + 1),
+    "should have labels": lambda e: replace(e, query_labels=None),
     "images and labels should be [task, support": lambda e: untyped(e, support_images=e.support_images[:, 1:]),
     "images and labels should be [task, query": lambda e: untyped(e, query_labels=e.query_labels[0]),
     "not an image of these": lambda e: replace(e, support_images=255 * e.support_images),
     "images of several classes": lambda e: replace(e, query_labels=shifted(e.query_labels)),
-    "in the support set too": lambda e: replace(e, query_images=e.support_images),
+    "in the support set too": lambda e: replace(e, query_images=by_class(e).support_images),
     "there twice": lambda e: replace(e, query_images=e.query_images[:, [0, 0, 2, 3, 4, 5]]),
     "the same class": lambda e: replace(
-        e,
-        support_images=e.support_images[:, [0, 1, 2, 3, 0, 1]],
+        by_class(e),
+        support_images=by_class(e).support_images[:, [0, 1, 2, 3, 0, 1]],
         query_images=e.query_images[:, [0, 1, 2, 3, 0, 1]],
     ),
 }
@@ -142,6 +157,17 @@ def test_a_game_holds_its_rounds_and_needs_no_network() -> None:
     assert all(one["query"] == one["support"][one["answer"]] for one in rounds)
     assert "a &lt;rival&gt;" in html and "<rival>" not in html
     assert "http" not in html and html.count("<img") == html.count(" alt=") == 6
+
+
+def test_a_game_shows_coloured_images_in_their_colours() -> None:
+    images, labels = torch.rand(1, 5, 3, 28, 28), torch.arange(5)[None]
+    html = game(Episode(images, labels, images, labels, n_way=5), labels, rival="nobody")
+    found = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
+    for data, image in zip(found, images[0], strict=False):
+        with Image.open(io.BytesIO(data)) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).movedim(-1, 0) / 255
+        assert torch.allclose(pixels, image, atol=0.002)
+    assert len(found) == 6
 
 
 def test_a_game_is_for_one_shot_tasks() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from browser import BROWSER, found_in_the_browser
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 
 from metatutor.backbones import MLP, ConvNet
 from metatutor.book import figures
 from metatutor.book.figures import Picture
+from metatutor.book.figures.style import CJK_FONTS
 from metatutor.episodes import Episode
-from metatutor.metric.base import class_means
+from metatutor.functional import class_means
 from metatutor.metric.matching import attend
 from metatutor.metric.prototypical import similarity
 from metatutor.optimization.maml import MAML
@@ -37,8 +42,9 @@ def history() -> list[dict[str, float]]:
 
 
 def three_tasks() -> Episode:
-    labels = torch.arange(5).repeat(3, 1)
-    return Episode(torch.rand(3, 5, 1, 28, 28), labels, torch.rand(3, 5, 1, 28, 28), labels, n_way=5)
+    generator, labels = torch.Generator().manual_seed(0), torch.arange(5).repeat(3, 1)
+    support, query = torch.rand(2, 3, 5, 1, 28, 28, generator=generator)
+    return Episode(support, labels, query, labels, n_way=5)
 
 
 ALL: dict[str, Callable[[], Picture]] = {
@@ -106,6 +112,89 @@ def test_wrong_answers_differ_in_more_than_colour() -> None:
     probabilities[0] = torch.eye(5)[0]
     captions = [text.get_text() for text in figures.answers(episode(), probabilities, range(3)).axes[1].texts]
     assert captions == ["✓ 0 (100%)", "✗ 4 (100%)", "✗ 0 (100%)"]
+
+
+def shuffled(task: Episode) -> Episode:
+    """The same tasks, their support sets in another order."""
+    order = torch.randperm(task.support_labels.shape[1], generator=torch.Generator().manual_seed(3))
+    assert order.tolist() != sorted(order)
+    return replace(task, support_images=task.support_images[:, order], support_labels=task.support_labels[:, order])
+
+
+OF_TASKS: dict[str, Callable[[Episode], Picture]] = {
+    "task": figures.task,
+    "answers": lambda task: figures.answers(task, torch.eye(5), shown=range(5)),
+    "families": figures.families,
+}
+
+
+@pytest.mark.parametrize("name", OF_TASKS)
+def test_a_task_is_drawn_class_by_class_in_whatever_order_it_comes(name: str) -> None:
+    task = three_tasks()
+    assert OF_TASKS[name](shuffled(task)).svg() == OF_TASKS[name](task).svg()
+
+
+def coloured(task: Episode) -> Episode:
+    """The same tasks in red, green and blue: the ink is red."""
+
+    def red(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images, torch.zeros_like(images), torch.zeros_like(images)], dim=2)
+
+    return replace(task, support_images=red(task.support_images), query_images=red(task.query_images))
+
+
+OF_IMAGES: dict[str, Callable[[Episode], Picture]] = OF_TASKS | {
+    "characters": lambda task: figures.characters({"them": task.support_images[0]}),
+    "adaptation": lambda task: figures.adaptation(task, torch.rand(2, 5, 5), shown=range(5)),
+    "embedding": lambda task: figures.embedding(task, {"here": (torch.rand(5, 8), torch.rand(5, 8))}),
+    "confusions": lambda task: figures.confusions(task.support_images[:, :3]),
+}
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_images_of_three_channels_are_drawn_in_their_colours(name: str) -> None:
+    def drawn(task: Episode) -> list[Any]:
+        return [image.get_array() for axes in OF_IMAGES[name](task).axes for image in axes.images]
+
+    grey, colour = drawn(three_tasks()), drawn(coloured(three_tasks()))
+    assert len(grey) == len(colour) >= 5
+    assert {pixels.shape for pixels in grey} == {(28, 28)} and {pixels.shape for pixels in colour} == {(28, 28, 3)}
+    assert all(pixels[..., 0].max() > 0.9 and pixels[..., 1:].max() == 0 for pixels in colour)
+
+
+def test_a_chinese_title_is_drawn_where_a_font_has_its_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    manager = font_manager.fontManager
+    monkeypatch.setattr(manager, "ttflist", [font for font in manager.ttflist if font.name not in CJK_FONTS])
+    figures.characters({"字": torch.zeros(1, 28, 28)}).svg()  # no such font: a box, and nothing is asked for in vain
+    assert [str(warned.message)[:13] for warned in recwarn.list] == ["Glyph 23383 ("] * len(recwarn.list) != []
+    recwarn.clear()
+    manager.addfont(tiny_font(tmp_path / "tiny.ttf", "SimHei", "字"))
+    without = figures.characters({"Omniglot": torch.zeros(1, 28, 28)}).svg()
+    assert "SimHei" in figures.characters({"字": torch.zeros(1, 28, 28)}).svg() and "SimHei" not in without
+    assert not recwarn.list and not caplog.records
+
+
+def tiny_font(path: Path, name: str, character: str) -> Path:
+    """A font of one character, a triangle."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    pen.lineTo((500, 0))
+    pen.lineTo((0, 500))
+    pen.closePath()
+    glyphs = {".notdef": TTGlyphPen(None).glyph(), "one": pen.glyph()}
+    made = FontBuilder(1000)
+    made.setupGlyphOrder(list(glyphs))
+    made.setupCharacterMap({ord(character): "one"})
+    made.setupGlyf(glyphs)
+    made.setupHorizontalMetrics(dict.fromkeys(glyphs, (600, 0)))
+    made.setupHorizontalHeader(ascent=800, descent=-200)
+    made.setupNameTable({"familyName": name, "styleName": "Regular", "psName": name})
+    made.setupOS2()
+    made.setupPost()
+    made.save(path)
+    return path
 
 
 def test_a_stepper_has_a_button_and_a_described_picture_for_every_frame() -> None:

@@ -108,9 +108,34 @@ def test_attention_is_written_in_percent_and_the_class_stands_out_without_colour
     labels = torch.tensor([1, 0, 1])
     drawn = figures.attention_on_support(images, labels, images[0], weights, ["block"], query_label=1)
     texts = drawn.axes[0].texts
-    assert [text.get_text() for text in texts if "%" in text.get_text()] == ["10%", "50%", "25%", "15%"]
+    assert [text.get_text() for text in texts if "%" in text.get_text()] == ["10%", "25%", "50%", "15%"]
     bold = [text.get_text() for text in texts if text.get_fontweight() == "bold"]
     assert bold == ["class\n1", "class\n1"]
+
+
+def test_support_images_are_drawn_class_by_class_in_whatever_order_they_come() -> None:
+    torch.manual_seed(0)
+    images, labels, order = torch.rand(5, 28, 28), torch.arange(5), torch.tensor([3, 0, 4, 1, 2])
+    attention, fast = torch.rand(2, 6).softmax(-1), torch.randn(5, 5, 8)
+
+    def attended(order: torch.Tensor) -> str:
+        weights, names = attention[:, [*order.tolist(), 5]], ["one", "two"]
+        return figures.attention_on_support(images[order], labels[order], images[0], weights, names).svg()
+
+    def left(order: torch.Tensor) -> str:
+        taken = attention[0, order]
+        return figures.fast_weights(fast[order], images[order], labels[order], fast[0], taken, images[0]).svg()
+
+    assert attended(order) == attended(labels) and left(order) == left(labels)
+
+
+def test_images_of_three_channels_are_drawn_in_their_colours() -> None:
+    images, labels, weights = torch.rand(5, 3, 28, 28), torch.arange(5), torch.rand(1, 6).softmax(-1)
+    attended = figures.attention_on_support(images, labels, images[0], weights, ["one"])
+    fast = torch.randn(5, 5, 8)
+    left = figures.fast_weights(fast, images, labels, fast[0], weights[0, :5], images[0])
+    drawn: list[Any] = [image.get_array() for of in (attended, left) for axes in of.axes for image in axes.images]
+    assert [pixels.shape for pixels in drawn].count((28, 28, 3)) == 12
 
 
 def test_takes_what_the_learners_give() -> None:
@@ -183,6 +208,16 @@ found.push(tick === null, box.scrollWidth <= box.clientWidth);
 document.body.dataset.found = JSON.stringify(found);
 </script>
 """
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")
+def test_the_page_shows_coloured_images_in_their_colours(tmp_path: Path) -> None:
+    shown: dict[str, Any] = stream()
+    shown["images"] = torch.rand(8, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    states = found_in_the_browser(tmp_path, figures.filling_memory(**shown, rows=6), STEPS)[:-2]
+    for state in states:
+        colours = torch.tensor(state["asked"]).view(4, 6, 4)[..., :3].movedim(-1, 0) / 255
+        assert torch.allclose(colours, shown["images"][state["t"]], atol=0.005)
 
 
 @pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome")

@@ -6,7 +6,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse, Rectangle
 
-from metatutor.book.figures.images import stamp
+from metatutor.book.figures.images import stamp, support_by_class
 from metatutor.book.figures.style import GREY, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
 
@@ -16,7 +16,7 @@ def families(episode: Episode) -> Picture:
     """Three ways to learn a task, drawn with the characters of tasks; places and lengths are drawn, not measured.
 
     Args:
-        episode: three tasks or more, of three classes or more, one support image of each.
+        episode: three tasks or more, of three classes or more, one support image of each, in any order.
     """
     figure = picture(7.2)
     titles = {
@@ -38,13 +38,13 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], col
 
 def _compare(axes: Axes, episode: Episode) -> None:
     """Support images are points; the query image belongs to the nearest."""
-    query, places = (5.7, 1.5), ((2.2, 2.9), (2.6, 0.9), (7.4, 2.6))
+    (support, _), query, places = support_by_class(episode), (5.7, 1.5), ((2.2, 2.9), (2.6, 0.9), (7.4, 2.6))
     for label, (x, y) in enumerate(places):
         nearest = label == len(places) - 1
         dash, width = ("-", 2.4) if nearest else (":", 1.2)
         axes.plot([query[0], x], [query[1], y], dash, lw=width, color=colour_of(label))
         axes.plot(x, y, "o", color=colour_of(label), ms=10, zorder=3)
-        stamp(axes, episode.support_images[0, label], x + (0.8 if nearest else -0.8), y, colour_of(label))
+        stamp(axes, support[label], x + (0.8 if nearest else -0.8), y, colour_of(label))
     axes.plot(*query, "X", color="black", ms=10, zorder=3)
     stamp(axes, episode.query_images[0, _first_query(episode, 0, 2)], query[0] + 0.1, query[1] - 0.85, "black")
     axes.text(6.75, 1.75, "nearest", color=colour_of(2), va="center")
@@ -63,21 +63,23 @@ def _adapt(axes: Axes, episode: Episode) -> None:
             )
         _arrow(axes, start, (x, y), colour_of(task), 2)
         away = -1 if x < start[0] else 1
+        support, _ = support_by_class(episode, task)
         for i in range(2):
-            stamp(axes, episode.support_images[task, i], x + away * (1.3 + 0.75 * i), y, colour_of(task), side=0.65)
+            stamp(axes, support[i], x + away * (1.3 + 0.75 * i), y, colour_of(task), side=0.65)
     axes.plot(*start, "o", color="black", ms=9, zorder=3)
     axes.text(start[0], start[1] - 0.25, "learned\nstart θ", ha="center", va="top")
 
 
 def _remember(axes: Axes, episode: Episode) -> None:
     """Support images are written into rows, with their labels; the query image reads the row that fits."""
+    support, _ = support_by_class(episode)
     shades = torch.rand(4, 6, generator=torch.Generator().manual_seed(3)).tolist()
     for row, keys in enumerate(shades):
         y = 3.15 - 0.8 * row
         for column, shade in enumerate(keys):
             axes.add_patch(Rectangle((3.2 + 0.4 * column, y - 0.2), 0.4, 0.4, facecolor=str(0.45 + 0.5 * shade)))
         if row < 3:
-            stamp(axes, episode.support_images[0, row], 1, 3 - 1.15 * row, colour_of(row))
+            stamp(axes, support[row], 1, 3 - 1.15 * row, colour_of(row))
             _arrow(axes, (1.6, 3 - 1.15 * row), (3.1, y), colour_of(row))
             axes.text(5.75, y, f"class {row}", color=colour_of(row), va="center")
     stamp(axes, episode.query_images[0, _first_query(episode, 0, 2)], 9, 2.2, "black")

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from metatutor.book.figures.images import to_show
 from metatutor.book.figures.memory import KINDS, NOTICEABLE, Weights, bookkeeping, check_steps, chosen_slots
 from metatutor.book.figures.shown import Shown, identity, widget
 from metatutor.book.figures.style import BLUE, RED
 
 
 def filling_memory(
-    images: Float[Tensor, "time height width"],
+    images: Float[Tensor, "time *channel height width"],
     labels: Int[Tensor, " time"],
     answers: Int[Tensor, " time"],
     matrix: Float[Tensor, "time slot number"],
@@ -49,10 +50,11 @@ def filling_memory(
     """
     start = len(images) - 1 if start is None else start
     check_steps([start], len(images))
+    pixels = torch.stack([to_show(image) for image in images])
     slots = chosen_slots(read_weights, write_weights, rows)
     state = {
-        "size": list(images.shape[1:]),
-        "images": _packed(255 * images.clamp(0, 1)),
+        "size": list(pixels.shape[1:]),
+        "images": _packed(255 * pixels.clamp(0, 1)),
         "labels": labels.tolist(),
         "answers": answers.tolist(),
         "slots": slots,

@@ -1,4 +1,7 @@
-"""Pictures of pictures: characters, tasks, and what their query images are taken for."""
+"""Pictures of pictures: characters, tasks, and what their query images are taken for.
+
+Images of three channels are drawn in their colours, all others as ink on paper.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from torch import Tensor
 from metatutor.book.figures.style import BLUE, GREY, RED, WIDTH, Picture, colour_of, picture, styled
 from metatutor.episodes import Episode
 
+Drawing = Float[Tensor, "*channel h w"]
+Drawings = Float[Tensor, "n *channel h w"]
+
 
 @styled
-def characters(rows: Mapping[str, Float[Tensor, "n h w"]]) -> Picture:
+def characters(rows: Mapping[str, Drawings]) -> Picture:
     """Rows of images, each under its title.
 
     Args:
@@ -27,22 +33,20 @@ def characters(rows: Mapping[str, Float[Tensor, "n h w"]]) -> Picture:
         axes.set(title=title, xlim=(0, longest), ylim=(1, 0), aspect="equal")
         axes.axis("off")
         for i, image in enumerate(images):
-            axes.imshow(
-                image.numpy(), cmap="gray_r", vmin=0, vmax=1, extent=(i + 0.04, i + 0.96, 1, 0), interpolation="none"
-            )
+            draw(axes, image, (i + 0.04, i + 0.96, 1, 0))
     return figure
 
 
 @styled
 def task(episode: Episode, index: int = 0) -> Picture:
-    """One task: the labelled support images, and below them the query images, in an order that gives nothing away.
+    """One task: the support images by class, and below them the query images, in an order that gives nothing away.
 
     Args:
-        episode: its first channel is drawn.
-        index: which of its tasks.
+        episode: a batch of tasks.
+        index: which of them.
     """
-    support, query = episode.support_images[index, :, 0].cpu(), episode.query_images[index, :, 0].cpu()
-    names, answers = episode.support_labels[index].tolist(), episode.query_labels[index].tolist()
+    (support, names), query = support_by_class(episode, index), episode.query_images[index]
+    answers = episode.query_labels[index].tolist()
     order = torch.randperm(len(query), generator=torch.Generator().manual_seed(1)).tolist()
     rows = [-(-len(images) // episode.n_way) for images in (support, query)]
     figure = picture(1.1 * sum(rows) + 0.5, 4.4)
@@ -67,9 +71,8 @@ def adaptation(episode: Episode, path: Float[Tensor, "step query way"], shown: S
     axes = figure.subplots()
     probability, predicted = path.max(-1)
     for column, query in enumerate(shown):
-        image, answer = episode.query_images[0, query, 0].cpu(), int(episode.query_labels[0, query])
-        at = (column - 0.45, column + 0.45, -0.55, -1.45)
-        axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, extent=at, interpolation="none")
+        image, answer = episode.query_images[0, query], int(episode.query_labels[0, query])
+        draw(axes, image, (column - 0.45, column + 0.45, -0.55, -1.45))
         axes.text(column, -1.55, str(answer), ha="center", va="bottom", color=GREY)
         for step in range(len(path)):
             _cell(axes, column, step, int(predicted[step, query]), probability[step, query].item(), answer)
@@ -100,15 +103,15 @@ def _steps(n: int) -> list[str]:
 
 @styled
 def answers(episode: Episode, probabilities: Float[Tensor, "query way"], shown: Sequence[int]) -> Picture:
-    """One task at one moment: the support images, and what chosen query images are taken for, and how surely.
+    """One task at one moment: the support images by class; what chosen query images are taken for, and how surely.
 
     Args:
         episode: its first task is drawn.
         probabilities: predicted for the query images.
         shown: which query images.
     """
-    support, query = episode.support_images[0, :, 0].cpu(), episode.query_images[0, :, 0].cpu()
-    labels, truth = episode.support_labels[0].tolist(), episode.query_labels[0].tolist()
+    (support, labels), query = support_by_class(episode), episode.query_images[0]
+    truth = episode.query_labels[0].tolist()
     probability, predicted = (of_query.tolist() for of_query in probabilities.max(-1))
     rows = [-(-len(support) // episode.n_way), -(-len(shown) // episode.n_way)]
     figure = picture(1.1 * sum(rows) + 0.5, 4.4)
@@ -122,23 +125,46 @@ def answers(episode: Episode, probabilities: Float[Tensor, "query way"], shown: 
     return figure
 
 
-def tiles(
-    axes: Axes, images: Float[Tensor, "n h w"], columns: int, captions: Sequence[str], colours: Sequence[str]
-) -> None:
+def support_by_class(episode: Episode, index: int = 0) -> tuple[Float[Tensor, "support channel h w"], list[int]]:
+    """The support images of a task with their labels: in class order, whatever order they come in."""
+    labels, order = episode.support_labels[index].sort(stable=True)
+    return episode.support_images[index, order], labels.tolist()
+
+
+def tiles(axes: Axes, images: Drawings, columns: int, captions: Sequence[str], colours: Sequence[str]) -> None:
     """Images row by row, each in a frame of its colour over its caption."""
     rows = -(-len(images) // columns)
     axes.set(xlim=(-0.05, columns + 0.05), ylim=(1.3 * rows, -0.05), aspect="equal")
     axes.axis("off")
     for i, (image, caption, colour) in enumerate(zip(images, captions, colours, strict=True)):
         x, y = i % columns + 0.05, 1.3 * (i // columns)
-        axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, extent=(x, x + 0.9, y + 0.9, y), interpolation="none")
+        draw(axes, image, (x, x + 0.9, y + 0.9, y))
         axes.plot([x, x + 0.9, x + 0.9, x, x], [y, y, y + 0.9, y + 0.9, y], color=colour, lw=1.2)
         axes.text(x + 0.45, y + 0.93, caption, ha="center", va="top", size=9, color=colour)
 
 
-def stamp(axes: Axes, image: Float[Tensor, "1 h w"], x: float, y: float, colour: str, side: float = 0.9) -> None:
+def stamp(axes: Axes, image: Drawing, x: float, y: float, colour: str, side: float = 0.9) -> None:
     """A small image in a frame, its middle at (x, y)."""
     left, right, low, high = x - side / 2, x + side / 2, y - side / 2, y + side / 2
-    pixels, extent = image[0].cpu().numpy(), (left, right, low, high)
-    axes.imshow(pixels, cmap="gray_r", vmin=0, vmax=1, extent=extent, interpolation="none", zorder=3)
+    draw(axes, image, (left, right, low, high), zorder=3)
     axes.add_patch(Rectangle((left, low), side, side, fill=False, edgecolor=colour, lw=1.6, zorder=4))
+
+
+def draw(
+    axes: Axes, image: Drawing, extent: tuple[float, float, float, float] | None = None, zorder: float = 0
+) -> None:
+    """An image on some axes."""
+    pixels, look = to_show(image).numpy(), {"cmap": "gray_r", "vmin": 0, "vmax": 1}
+    axes.imshow(pixels, **look, extent=extent, interpolation="none", zorder=zorder)
+
+
+def to_show(image: Drawing) -> Float[Tensor, "h w *rgb"]:
+    """What is seen of an image: the colours, `[h, w, 3]`, of three channels; of others the first, `[h, w]`, as ink.
+
+    Example:
+        >>> to_show(torch.zeros(3, 20, 28)).shape, to_show(torch.zeros(1, 20, 28)).shape
+        (torch.Size([20, 28, 3]), torch.Size([20, 28]))
+    """
+    if image.dim() == 2:
+        return image.cpu()
+    return image.movedim(0, -1).clamp(0, 1).cpu() if len(image) == 3 else image[0].cpu()

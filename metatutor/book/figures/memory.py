@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from metatutor.book.figures.images import stamp
+from metatutor.book.figures.images import Drawing, draw, stamp
 from metatutor.book.figures.style import (
     BLUE,
     COLOURS,
@@ -213,9 +213,9 @@ def usage_over_time(usage: Float[Tensor, "time slot"], write_weights: Weights) -
 
 @styled
 def attention_on_support(
-    support_images: Float[Tensor, "support h w"],
+    support_images: Float[Tensor, "support *channel h w"],
     support_labels: Int[Tensor, " support"],
-    query_image: Float[Tensor, "h w"],
+    query_image: Drawing,
     weights: Float[Tensor, "block seen"],
     names: Sequence[str],
     *,
@@ -224,7 +224,7 @@ def attention_on_support(
     """A query image, and below every support image how much it attends to it in each attention block.
 
     Args:
-        support_images: one task's, in any order.
+        support_images: one task's, in any order; drawn class by class.
         support_labels: their classes.
         query_image: what is asked.
         weights: its attention to every support image and, last, to itself: rows that add up to 1.
@@ -236,9 +236,10 @@ def attention_on_support(
     figure = picture((lines + 1) * height * WIDTH / columns)
     axes, largest = figure.subplots(), weights.max().item()
     _attended(axes, (0, 0), query_image, "query\n(itself)", weights[:, -1], largest)
-    for i, (image, label) in enumerate(zip(support_images, support_labels.tolist(), strict=True)):
-        place = (i % columns, -(i // columns + 1) * height)
-        _attended(axes, place, image, f"class\n{label}", weights[:, i], largest, marked=label == query_label)
+    for i, of in enumerate(support_labels.argsort(stable=True).tolist()):
+        place, label = (i % columns, -(i // columns + 1) * height), int(support_labels[of])
+        caption, marked = f"class\n{label}", label == query_label
+        _attended(axes, place, support_images[of], caption, weights[:, of], largest, marked=marked)
     bars = [Line2D([], [], color=colour, lw=6, label=name) for name, colour in zip(names, COLOURS, strict=False)]
     if query_label is not None:
         bars.append(Line2D([], [], ls="", marker="s", ms=8, mew=2.5, mec="black", mfc="none", label="of its class"))
@@ -251,7 +252,7 @@ def attention_on_support(
 def _attended(
     axes: Axes,
     place: tuple[float, float],
-    image: Float[Tensor, "h w"],
+    image: Drawing,
     caption: str,
     weights: Float[Tensor, " block"],
     largest: float,
@@ -260,7 +261,7 @@ def _attended(
 ) -> None:
     """An image with its caption, and below it a bar for each weight; `place` is the upper left corner."""
     x, y = place
-    stamp(axes, image[None], x + 0.3, y - 0.3, "black" if marked else "#BBBBBB", side=0.56)
+    stamp(axes, image, x + 0.3, y - 0.3, "black" if marked else "#BBBBBB", side=0.56)
     ink, weight = ("black", "bold") if marked else (GREY, "normal")
     axes.text(x + 0.63, y - 0.3, caption, va="center", size=8, color=ink, weight=weight)
     for i, (weight, colour) in enumerate(zip(weights.tolist(), COLOURS, strict=False)):
@@ -276,36 +277,37 @@ def _attended(
 @styled
 def fast_weights(
     fast: Float[Tensor, "support row column"],
-    support_images: Float[Tensor, "support h w"],
+    support_images: Float[Tensor, "support *channel h w"],
     labels: Int[Tensor, " support"],
     read: Float[Tensor, "row column"],
     attention: Float[Tensor, " support"],
-    query_image: Float[Tensor, "h w"],
+    query_image: Drawing,
 ) -> Picture:
     """The fast weights that every support image leaves in a Meta Network, and what a query image reads of them.
 
     Args:
         fast: of one layer, a matrix an image; a row is an output.
-        support_images: one task's, few of them.
+        support_images: one task's, few of them, in any order; drawn class by class.
         labels: their classes.
         read: the sum of the matrices, weighted by the attention.
         attention: how much the query image takes of each, 0–1.
         query_image: what is asked.
     """
-    tables, images = torch.cat([fast, read[None]]), torch.cat([support_images, query_image[None]])
+    labels, order = labels.sort(stable=True)
+    tables, images = torch.cat([fast[order], read[None]]), torch.cat([support_images[order], query_image[None]])
     captions = [f"class {label}" for label in labels.tolist()] + ["query"]
     figure = picture(0.68 * len(tables) + 1.4)
     drawn = figure.subplots(len(tables), 3, width_ratios=[0.75, 0.75, 3.6], squeeze=False)
     largest, shaded = tables.abs().max().item(), None
     for (left, _, right), image, caption, table in zip(drawn, images, captions, tables, strict=True):
-        left.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="none")
+        draw(left, image)
         left.set(xticks=[], yticks=[], ylabel=caption)
         shaded = _shades(right, table, largest)
         right.set(xticks=[], yticks=[0, len(table) - 1], ylabel="output")
         for axes in (left, right):
             axes.grid(visible=False)
             axes.spines[:].set_visible(True)
-    _shares(list(drawn[:, 1]), attention)
+    _shares(list(drawn[:, 1]), attention[order])
     drawn[0, 2].set_title("fast weights that it leaves")
     drawn[-1, 2].set_title("fast weights that it reads: the sum")
     drawn[-1, 2].set(xticks=[0, tables.shape[2] - 1], xlabel="input (hidden unit)")

@@ -124,7 +124,7 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
 
 
 @styled
-def confusions(rows: Float[Tensor, "n 3 1 h w"]) -> Picture:
+def confusions(rows: Float[Tensor, "n 3 channel h w"]) -> Picture:
     """Query images that were mistaken, each beside the right support image and the one it was taken for.
 
     Args:

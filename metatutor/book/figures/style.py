@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, ParamSpec
 
-from matplotlib import rc_context
+from matplotlib import font_manager, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,6 +56,25 @@ STYLE: dict[Any, Any] = {
 }
 
 
+# the usual fonts with Chinese characters of Linux, macOS and Windows
+CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Micro Hei",
+    "WenQuanYi Zen Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "PingFang HK",
+    "Hiragino Sans GB",
+    "Heiti TC",
+    "Microsoft YaHei",
+    "SimHei",
+    "Arial Unicode MS",
+)
+
+
 P = ParamSpec("P")
 
 
@@ -64,7 +83,7 @@ class Picture(Figure):
 
     def svg(self) -> str:
         """The figure as SVG; the same figure, the same text."""
-        with rc_context(STYLE), io.StringIO() as file:
+        with rc_context(settings()), io.StringIO() as file:
             self.savefig(file, format="svg", metadata={"Date": None})
             return file.getvalue()
 
@@ -72,12 +91,30 @@ class Picture(Figure):
         return self.svg()
 
 
+def settings() -> dict[Any, Any]:
+    """The style, with the fonts of this system."""
+    return STYLE | {"font.family": font_families(font_manager.get_font_names())}
+
+
+def font_families(installed: Collection[str]) -> list[str]:
+    """Matplotlib's own font, and those that are asked for the characters it lacks; only such as are there.
+
+    Args:
+        installed: the names of all fonts.
+
+    Example:
+        >>> font_families(["DejaVu Sans", "SimHei"])
+        ['sans-serif', 'SimHei']
+    """
+    return ["sans-serif", *(name for name in CJK_FONTS if name in installed)]
+
+
 def styled(draw: Callable[P, Picture]) -> Callable[P, Picture]:
     """Let a function draw in the book's style, and leave everyone else's as it is."""
 
     @wraps(draw)
     def styled(*args: P.args, **kwargs: P.kwargs) -> Picture:
-        with rc_context(STYLE):
+        with rc_context(settings()):
             return draw(*args, **kwargs)
 
     return styled
