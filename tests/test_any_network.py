@@ -288,7 +288,9 @@ def test_compiled_is_plain_one_by_one(random_episode: Episodes, monkeypatch: pyt
 def test_what_cannot_be_compiled_is_told_in_one_sentence(random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
     """An LSTM in single precision is one operation that tracing does not see through."""
     monkeypatch.setattr(torch, "compile", lambda graph: graph)
-    learner, episode = MAML(Recurrent(), compiled=True), random_episode(1, 3, 1, 1).to(torch.float32)
+    episode = random_episode(n_tasks=1, k_shot=1, n_query=1).to(torch.float32)
+    two_rows = episode.support_images[..., :2, :], episode.support_labels
+    learner, episode = MAML(Recurrent(), compiled=True), Episode(*two_rows, *two_rows)
     with (
         pytest.warns(UserWarning, match=ONE_BY_ONE),
         pytest.raises(ValueError, match=r"^this network cannot be compiled \(.*\); leave compiled out$"),

@@ -213,7 +213,7 @@ def test_a_network_against_the_gradient_through_all_steps(
 
 def test_a_solved_problem_against_finite_differences(random_episode: Episodes):
     """Central differences of the meta-loss itself along random directions; no reference to differentiate."""
-    learner = small(normalization="support", inner_lr=0.1, inner_steps=60, proximity=4.0, cg_steps=20)
+    learner = small(normalization="support", inner_lr=0.1, inner_steps=36, proximity=4.0, cg_steps=20)
     for slope, found in slopes(learner, random_episode(n_tasks=2).task(0), n_directions=2):
         assert found == pytest.approx(slope, rel=1e-5, abs=1e-7)
 

@@ -195,7 +195,7 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
     values = torch.stack([torch.tensor(b)[torch.randperm(15, generator=generator)] for b in brightness])
     labels = values // 10
     images = values.double().view(4, 15, 1, 1, 1).expand(4, 15, 1, 8, 8)
-    learner = Watched(small().network, inner_steps=5, shots_per_step=shots_per_step)
+    learner = Watched(small().network, inner_steps=5, shots_per_step=shots_per_step, test_inner_steps=7)
     episode = Episode(images, labels, images[:, :3], labels[:, :3], n_way)
     learner.adapt(episode)
     assert len(learner.seen) == 5
@@ -211,7 +211,7 @@ def test_what_a_mini_batch_holds(shots_per_step: int | None, shots: int):
         assert sorted(of_task) == sorted(brightness[0] * shots)
     learner.seen = []
     learner.eval().adapt(episode)
-    assert len(learner.seen) == 50
+    assert len(learner.seen) == 7
     assert all(torch.equal(batch.support_images, images) for batch in learner.seen)  # at the test, all of them
 
 
@@ -244,7 +244,7 @@ def test_the_order_of_classes_does_not_matter_but_that_of_shots_does(random_epis
 
 
 def test_fifty_steps_at_the_test_by_default(random_episode: Episodes):
-    episode, network = random_episode(k_shot=5), small().network
+    episode, network = random_episode(k_shot=5), drawn(MLP(64, 3, hidden=()))
     learner, longer = Reptile(network).eval(), Reptile(network, inner_steps=50, shots_per_step=None).train()
     assert torch.equal(learner(episode), longer(episode))
     assert not torch.equal(learner.train()(episode), longer(episode))
