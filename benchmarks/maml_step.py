@@ -4,11 +4,11 @@
     python benchmarks/maml_step.py --quick                      # few tasks, few rounds: are the gradients the same?
 
 A setting `pooled-15q-5s` is a max-pooled network, 15 queries a class and 5 inner steps; `strided` halves its images by
-strided convolutions. Ours is `MAML(...).meta_loss(episode).backward()` with `ConvNet`; every peer adapts task by task
-the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights. Nothing is timed
-before all have given the same gradient in float64. Then each lives in a process of its own and they take turns, one
-step at a time, so that whatever else the machine does meets all alike. Peak memory is what the steps add to the
-process; the ratio is to metatutor's median in the same setting. Peers that are not installed are left out.
+strided convolutions. Ours is what `train` does in a step, `accumulate(MAML(...), episode)`, with `ConvNet`; every peer
+adapts task by task the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights.
+Nothing is timed before all have given the same gradient in float64. Then each lives in a process of its own and they
+take turns, one step at a time, so that whatever else the machine does meets all alike. Peak memory is what the steps
+add to the process; the ratio is to metatutor's median in the same setting. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ from harness import Prepared, compare, difference, refuse_differences
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metatutor.allocator import keep_freed_memory_once
 from metatutor.backbones import ConvBlock, ConvNet
 from metatutor.episodes import Episode
 from metatutor.optimization.maml import MAML
+from metatutor.training import accumulate
 
 INNER_LR = 0.4
 
@@ -91,8 +93,13 @@ Implementation = Callable[[ConvNet, Episode, int], Prepared]
 
 
 def metatutor(network: ConvNet, episode: Episode, inner_steps: int, **options: Any) -> Prepared:
+    keep_freed_memory_once()  # as `train` does, unless the environment forbids it
     learner = MAML(network, inner_lr=INNER_LR, inner_steps=inner_steps, **options)
-    return network, lambda: learner.meta_loss(episode).backward()
+
+    def backward() -> None:
+        accumulate(learner, episode)
+
+    return network, backward
 
 
 def plain_loop(network: ConvNet, episode: Episode, inner_steps: int, second_order: bool = True) -> Prepared:
@@ -165,7 +172,7 @@ def learn2learn_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepar
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "metatutor": metatutor,
     "metatutor-recompute": partial(metatutor, recompute=True),
-    "metatutor-compiled": partial(metatutor, compile=True),
+    "metatutor-compiled": partial(metatutor, compiled=True),
     "metatutor-plain-malloc": metatutor,
     "plain loop": plain_loop,
     "plain loop-keep-memory": plain_loop,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from metatutor.backbones import Pixels
 from metatutor.episodes import Episode
-from metatutor.memory import MANN, MANNConfig
+from metatutor.memory import MANN
 
 SIZE = 20  # height and width of the images that the controller sees
 SETTINGS = ("5w-10i",)
@@ -97,36 +97,39 @@ class PlainMANN(nn.Module):
     """A MANN as its user would write it.
 
     Args:
-        config: the sizes.
+        learner: whose sizes and weights it takes.
         detached: whether to leave out the gradients through the memory: a mistake, for a test.
     """
 
-    def __init__(self, config: MANNConfig, detached: bool = False) -> None:
+    def __init__(self, learner: MANN, detached: bool = False) -> None:
         super().__init__()
-        self.config, self.detached = config, detached
-        n_read = config.heads * config.width
-        self.controller = nn.LSTMCell(SIZE * SIZE + config.n_way + n_read, config.hidden_size)
-        self.heads = nn.ModuleList(Head(config.hidden_size, config.width) for _ in range(config.heads))
-        self.out = nn.Linear(config.hidden_size + n_read, config.n_way)
+        self.n_way, self.hidden_size, self.usage_decay = learner.n_way, learner.hidden_size, learner.usage_decay
+        self.n_heads, self.slots, self.width = learner.heads, learner.slots, learner.width
+        self.detached = detached
+        n_read = self.n_heads * self.width
+        self.controller = nn.LSTMCell(SIZE * SIZE + self.n_way + n_read, self.hidden_size)
+        self.heads = nn.ModuleList(Head(self.hidden_size, self.width) for _ in range(self.n_heads))
+        self.out = nn.Linear(self.hidden_size + n_read, self.n_way)
+        self.to(learner.out.weight)
+        self.load(learner)
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        config = self.config
         n_tasks, n_images = labels.shape
         small = F.interpolate(images.flatten(0, 1), (SIZE, SIZE), mode="bilinear", antialias=True)
         pixels = small.view(n_tasks, n_images, -1)
-        told = F.one_hot(labels, config.n_way).to(images.dtype)
+        told = F.one_hot(labels, self.n_way).to(images.dtype)
         told = torch.cat([torch.zeros_like(told[:, :1]), told[:, :-1]], dim=1)
-        h = cell = images.new_zeros(n_tasks, config.hidden_size)
-        memory = images.new_zeros(n_tasks, config.slots, config.width)
-        usage = images.new_zeros(n_tasks, config.slots)
-        looks_at = torch.eye(config.slots, dtype=images.dtype, device=images.device)
-        read_weights = [looks_at[i].expand(n_tasks, -1) for i in range(config.heads)]
-        reads = [images.new_zeros(n_tasks, config.width) for _ in range(config.heads)]
+        h = cell = images.new_zeros(n_tasks, self.hidden_size)
+        memory = images.new_zeros(n_tasks, self.slots, self.width)
+        usage = images.new_zeros(n_tasks, self.slots)
+        looks_at = torch.eye(self.slots, dtype=images.dtype, device=images.device)
+        read_weights = [looks_at[i].expand(n_tasks, -1) for i in range(self.n_heads)]
+        reads = [images.new_zeros(n_tasks, self.width) for _ in range(self.n_heads)]
         answers = []
         for t in range(n_images):
             h, cell = self.controller(torch.cat([pixels[:, t], told[:, t], *reads], dim=1), (h, cell))
             wanted = [head(h) for head in self.heads]
-            unused = usage.sort(stable=True).indices[:, : config.heads]
+            unused = usage.sort(stable=True).indices[:, : self.n_heads]
             before, read_weights = read_weights, []
             for i, (key, _, strength) in enumerate(wanted):
                 similarity = F.cosine_similarity(key.unsqueeze(1), memory, dim=2)
@@ -134,12 +137,12 @@ class PlainMANN(nn.Module):
                 reads[i] = (read_weights[i].unsqueeze(2) * memory).sum(1)
             write_weights = []
             for i, (_, gate, _) in enumerate(wanted):
-                least_used = F.one_hot(unused[:, i], config.slots).to(images.dtype)
+                least_used = F.one_hot(unused[:, i], self.slots).to(images.dtype)
                 write_weights.append(gate * before[i] + (1 - gate) * least_used)
                 memory = memory * (1 - least_used).unsqueeze(2)
             for weights, (key, _, _) in zip(write_weights, wanted, strict=True):
                 memory = memory + weights.unsqueeze(2) * key.unsqueeze(1)
-            usage = config.usage_decay * usage + sum(read_weights) + sum(write_weights)
+            usage = self.usage_decay * usage + sum(read_weights) + sum(write_weights)
             answers.append(self.out(torch.cat([h, *reads], dim=1)))
             if self.detached:
                 memory = memory.detach()
@@ -147,7 +150,7 @@ class PlainMANN(nn.Module):
 
     def load(self, learner: MANN) -> None:
         """Take the weights of a MANN."""
-        n_heads, width, hidden_size = self.config.heads, self.config.width, self.config.hidden_size
+        n_heads, width, hidden_size = self.n_heads, self.width, self.hidden_size
         of_state, of_read = learner.recur.weight.split([hidden_size, n_heads * width], dim=1)
         given = [(self.controller.weight_ih, torch.cat([learner.enter.weight, of_read], dim=1))]
         given += [(self.controller.weight_hh, of_state), (self.controller.bias_ih, learner.enter.bias)]
@@ -166,9 +169,9 @@ class PlainMANN(nn.Module):
     def gradients(self) -> list[Tensor]:
         """The gradients, put together as those of a MANN, in the order of its parameters."""
         of = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.named_parameters()}
-        enter, of_read = of["controller.weight_ih"].tensor_split([-self.config.heads * self.config.width], dim=1)
+        enter, of_read = of["controller.weight_ih"].tensor_split([-self.n_heads * self.width], dim=1)
         recur = torch.cat([of["controller.weight_hh"], of_read], dim=1)
-        parts = [f"heads.{i}.{part}" for part in ("key", "gate", "strength") for i in range(self.config.heads)]
+        parts = [f"heads.{i}.{part}" for part in ("key", "gate", "strength") for i in range(self.n_heads)]
         control = [torch.cat([of[f"{part}.{name}"] for part in parts]) for name in ("weight", "bias")]
         return [enter, of["controller.bias_ih"], recur, *control, of["out.weight"], of["out.bias"]]
 
@@ -183,8 +186,7 @@ def metatutor(learner: MANN, episode: Episode) -> Prepared:
 
 
 def plain_loop(learner: MANN, episode: Episode, detached: bool = False) -> Prepared:
-    net = PlainMANN(learner.config, detached).to(learner.out.weight)
-    net.load(learner)
+    net = PlainMANN(learner, detached)
     images, labels = episode.support_images, episode.support_labels
     return net, lambda: F.cross_entropy(net(images, labels).flatten(0, 1), labels.flatten()).backward()
 

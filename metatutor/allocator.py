@@ -1,20 +1,37 @@
-"""Keep freed memory at hand: on Linux, big CPU activations cost more in page faults than in arithmetic.
+"""Memory and threads of the process: what training asks of the machine, and no more than the process may use.
 
-glibc gives every freed block of more than 128 KiB back to the kernel and asks for it anew a moment later,
-and the kernel zeroes each page again. Training allocates the same activations every step, so we ask glibc
-to keep them. The setting is the process's, not ours alone; `METATUTOR_KEEP_MEMORY=0` leaves it untouched,
-and `keep_freed_memory(False)` puts glibc's own limits back.
+Nothing here happens at import. Three things are the process's, not ours alone, and can be refused or undone:
+
+- *Freed memory stays at hand.* glibc gives every freed block of more than 128 KiB back to the kernel and asks for it
+  anew a moment later, and the kernel zeroes each page again: on a CPU, big activations cost more in page faults than in
+  arithmetic. `keep_freed_memory` asks glibc to keep them; `METATUTOR_KEEP_MEMORY=0` forbids it.
+- *Waiting threads sleep.* OpenMP's threads spin while they wait for each other, for milliseconds, and on busy cores or
+  in a container with fewer CPUs than it shows they starve those that work. `let_threads_sleep` has them sleep, unless
+  your environment says how they wait; OpenMP reads it once, when torch is imported.
+- *No more threads than CPUs*, and one where the network is small: `limited_threads`, `threads_for`.
+
+`benchmarks/threads.py` measures the last two.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from pathlib import Path, PurePosixPath
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GLIBC_DEFAULT, _KEEP = 128 * 1024, 2**30
+_ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # every OpenMP; GNU's, which first looks 1,000 times
+_SMALL = 50_000  # parameters: Conv-4 has 29,000 with 32 filters, 113,000 with 64
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
@@ -54,3 +71,145 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "gnu_get_libc_version") else None
+
+
+def peak_memory_mib() -> int:
+    """The most memory the process has held so far: on the GPU if one was used, else resident.
+
+    Returns:
+        In MiB.
+
+    Example:
+        >>> peak_memory_mib() > 10
+        True
+
+    Reference:
+        proc(5), VmHWM; getrusage(2); GetProcessMemoryInfo, PeakWorkingSetSize.
+    """
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(_peak_resident_bytes() / 2**20)
+
+
+def _peak_resident_bytes() -> int:
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", _text(Path("/proc/self/status")), re.MULTILINE)
+    if found:  # rather than ru_maxrss, which a process of Linux inherits from its parent
+        return 1024 * int(found.group(1))
+    if sys.platform == "win32":
+        from psutil import Process
+
+        return Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+def let_threads_sleep() -> bool:
+    """Have OpenMP's waiting threads sleep instead of spin, unless the environment says how they wait.
+
+    Returns:
+        Whether it has any effect: not after torch was imported, which is when OpenMP reads the environment.
+
+    Example:
+        >>> let_threads_sleep()  # too late: metatutor has imported torch
+        False
+
+    Reference:
+        OpenMP 5.2, section 21.6 (OMP_WAIT_POLICY); GNU libgomp manual (GOMP_SPINCOUNT).
+    """
+    if "torch" in sys.modules or _ASLEEP.keys() & os.environ.keys():
+        return False
+    os.environ.update(_ASLEEP)
+    return True
+
+
+def usable_cpus() -> int:
+    """How many CPUs the process may use: those it is bound to, and no more than its container's quota.
+
+    Example:
+        >>> 1 <= usable_cpus() <= os.cpu_count()
+        True
+
+    Reference:
+        sched_getaffinity(2); cgroups(7): cpu.max of version 2, cpu.cfs_quota_us of version 1.
+    """
+    return max(1, int(min(_bound_cpus(), _quota(Path("/")))))
+
+
+def threads_for(n_parameters: int) -> int:
+    """How many threads pay for a network on a CPU: one if it is small, else as many as there are CPUs to use.
+
+    On two quiet cores a second thread makes steps of Conv-4 with up to 32 filters slower more often than quicker, and
+    those with 64 up to 1.5 times as quick; on busy ones it costs. Where OMP_NUM_THREADS is set, small networks take
+    that many too.
+
+    Args:
+        n_parameters: of the network.
+
+    Example:
+        >>> threads_for(113_000) == usable_cpus()
+        True
+
+    Reference:
+        Measured, `benchmarks/threads.py`.
+    """
+    return 1 if n_parameters < _SMALL and "OMP_NUM_THREADS" not in os.environ else usable_cpus()
+
+
+@contextmanager
+def limited_threads(most: int) -> Iterator[None]:
+    """Within the block torch takes no more threads than `most`; fewer, if it was told so before.
+
+    Args:
+        most: how many.
+
+    Example:
+        >>> import torch
+        >>> with limited_threads(1):
+        ...     torch.get_num_threads()
+        1
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, most))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bound_cpus() -> int:
+    """As affinity has it, and from Python 3.13 on PYTHON_CPU_COUNT."""
+    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return min(count, len(os.sched_getaffinity(0)))
+    from psutil import Process
+
+    return min(count, len(Process().cpu_affinity())) if hasattr(Process, "cpu_affinity") else count  # not on macOS
+
+
+def _quota(root: Path) -> float:
+    """The least of the limits of the process's control groups, in CPUs; infinite if there is none."""
+    quotas = [math.inf]
+    # Version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group".
+    for controllers, group in re.findall(r"^\d+:(|(?:.*,)?cpu(?:,.*)?):/(.*)$", _text(root / "proc/self/cgroup"), re.M):
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        for folder in (PurePosixPath(group), *PurePosixPath(group).parents):
+            at = mount / folder
+            limit = _text(at / "cpu.max") or f"{_text(at / 'cpu.cfs_quota_us')} {_text(at / 'cpu.cfs_period_us')}"
+            if found := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", limit):  # neither "max" nor -1
+                quotas.append(int(found.group(1)) / int(found.group(2)))
+    return min(quotas)
+
+
+def _text(path: Path) -> str:
+    """What a file of the kernel says; nothing where there is none."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

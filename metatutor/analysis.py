@@ -7,6 +7,7 @@ something else.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -16,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metatutor.backbones import Network
+from metatutor.backbones import ConvBlock, Network
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 
@@ -72,7 +73,8 @@ def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = No
     """
     with torch.no_grad():
         path = learner.adaptation_path(episode, inner_steps)
-        before, after = path[0], path[-1]
+        shared = {n: p.expand(len(episode), *p.shape) for n, p in learner.network.named_parameters()}
+        before, after = shared | path[0], shared | path[-1]  # frozen parameters are not in the path
         similarity: dict[str, list[Tensor]] = {name: [] for name in layers(learner.network).values()}
         for i in range(len(episode)):
             task = episode.task(i)
@@ -92,10 +94,19 @@ def layers(network: Network) -> dict[str, str]:
         [('blocks.1', 'conv 2'), ('hidden.0', 'linear 1'), ('head', 'linear 2')]
     """
     prefixes = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters())
-    blocks = [prefix for prefix in prefixes if prefix.startswith("blocks.")]
-    linear = [prefix for prefix in prefixes if prefix not in blocks]
-    numbered = {"conv": blocks, "linear": linear}
-    return {prefix: f"{kind} {i}" for kind, of_kind in numbered.items() for i, prefix in enumerate(of_kind, 1)}
+    counts: Counter[str] = Counter()
+    names = {}
+    for prefix in prefixes:
+        kind = _kind(network.get_submodule(prefix))
+        counts[kind] += 1
+        names[prefix] = f"{kind} {counts[kind]}"
+    return names
+
+
+def _kind(layer: nn.Module) -> str:
+    if isinstance(layer, ConvBlock | nn.modules.conv._ConvNd):
+        return "conv"
+    return "linear" if isinstance(layer, nn.Linear) else type(layer).__name__
 
 
 def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:

@@ -17,6 +17,7 @@ from metatutor.double_backward import EPSILON, batch_norm, conv2d, group_norm, m
 
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
+_MOST_BLOCKS = 1000
 NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
@@ -219,6 +220,8 @@ class ConvNet(Embedding):
             n_outputs=1 if n_outputs is None else n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels
         )
         _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        if n_blocks > _MOST_BLOCKS:
+            raise ValueError(f"n_blocks must be at most {_MOST_BLOCKS}, got {n_blocks}")
         size, halving = image_size, n_blocks if n_halving is None else n_halving
         if not 0 <= halving <= n_blocks:
             raise ValueError(f"n_halving must be from 0 to n_blocks = {n_blocks}, got {halving}")

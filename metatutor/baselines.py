@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from copy import deepcopy
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim import Optimizer
 
-from metatutor.backbones import Embedding, Network, backbone
+from metatutor.backbones import ConvBlock, Embedding, Network, backbone
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, TaskMap, class_means
 from metatutor.learner import Learner, Loss, NetworkLearner, task_loss
@@ -42,13 +44,18 @@ class _Untrained(Learner):
 
 
 def _descend(
-    learner: NetworkLearner, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, prefix: str = ""
+    learner: NetworkLearner,
+    initial: Parameters,
+    episode: Episode,
+    steps: int,
+    optimizer: Descent,
+    moving: Collection[str],
 ) -> Parameters:
-    """Every task's parameters after `steps` of gradient descent on its support set; those with another `prefix` stay.
+    """Every task's parameters after `steps` of gradient descent on its support set; all but `moving` ones stay.
 
     One optimizer serves all tasks: it treats each number by itself, and no task's loss depends on another's parameters.
     """
-    parameters = {name: p.detach().clone().requires_grad_(name.startswith(prefix)) for name, p in initial.items()}
+    parameters = {name: p.detach().clone().requires_grad_(name in moving) for name, p in initial.items()}
     descent = optimizer([p for p in parameters.values() if p.requires_grad])
     with torch.enable_grad():
         for _ in range(steps):
@@ -65,18 +72,19 @@ class Scratch(_Untrained, NetworkLearner):
     """Trains a new, randomly initialised network on each support set, then answers with it.
 
     The initial parameters are drawn anew for each task, by the network's own law, from `seed` and the support images:
-    the answer to a task is the same in whatever batch the task comes. Nothing is learnt from one task for another, so
-    there is nothing to meta-train and nothing to save: the learner has no parameters of its own.
+    the answer to a task is the same in whatever batch the task comes. For its sake dropout is left out. Running
+    statistics are those of a task's own support set. Nothing is learnt from one task for another, so there is nothing
+    to meta-train and nothing to save: the learner has no parameters of its own.
 
     Args:
-        network: the architecture; its present parameters are not used.
+        network: the architecture; its present parameters are not used, unless they are frozen.
         steps: of Adam, each on the whole support set.
         lr: learning rate of Adam.
         seed: of the initial parameters, from 0.
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an argument is out of range, an episode has other ways than the network has outputs, or
+        ValueError: if an episode has other ways than the network has outputs, or
             it is asked for its `meta_loss`: there is nothing to learn.
 
     Example:
@@ -97,7 +105,8 @@ class Scratch(_Untrained, NetworkLearner):
         _check_descent(steps, lr)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
-        object.__setattr__(self, "network", backbone(network))  # not as a submodule: its parameters are never used
+        own = deepcopy(backbone(network)).eval()  # not as a submodule: its parameters are never used
+        object.__setattr__(self, "network", own)
         self.loss, self.each_task = task_loss if loss is None else loss, TaskMap()
         self.steps, self.lr, self.seed = steps, lr, seed
 
@@ -116,39 +125,65 @@ class Scratch(_Untrained, NetworkLearner):
         return self.query_logits(episode, self.adapt(episode))
 
     def adapt(self, episode: Episode) -> Parameters:
-        """The trained parameters of every task, `[task, ...]` by name; only the support set is read."""
-        if self.ways not in (None, episode.n_way):
+        """The trained parameters and the buffers of every task, `[task, ...]` by name; only the support set is read."""
+        initial = self.initial_parameters(episode)
+        first = {name: p[0] for name, p in initial.items()}
+        ways = self.ways or functional_call(self.network, first, (episode.support_images[0, :1],)).shape[-1]
+        if ways != episode.n_way:
             raise ValueError(
-                f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; "
+                f"the network has {ways} outputs but the episode is {episode.n_way}-way; "
                 f"build ConvNet(n_outputs={episode.n_way})"
             )
         optimizer = partial(torch.optim.Adam, lr=self.lr)
-        return _descend(self, self.initial_parameters(episode), episode, self.steps, optimizer)
+        moving = {name for name, p in self.network.named_parameters() if p.requires_grad}
+        self._keep_statistics(True)
+        adapted = _descend(self, initial, episode, self.steps, optimizer, moving)
+        self._keep_statistics(False)
+        return adapted
+
+    def _keep_statistics(self, keep: bool) -> None:
+        for layer in self.network.modules():
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                layer.train(keep)
 
     def initial_parameters(self, episode: Episode) -> Parameters:
-        """The random parameters that every task starts from, `[task, ...]` by name."""
+        """The random parameters that every task starts from, and its buffers, `[task, ...]` by name."""
+        like = episode.support_images
         drawn = []
-        for images in episode.support_images:
+        for images in like:
             pixels = images.mul(255).round().int().cpu().numpy().tobytes()
             generator = torch.Generator().manual_seed(zlib.crc32(pixels, self.seed))
-            drawn.append(_draw(self.network, generator))
-        return {name: torch.stack([of_task[name] for of_task in drawn]).to(episode.support_images) for name in drawn[0]}
+            drawn.append(_draw(self.network, generator) | dict(self.network.named_buffers()))
+        of_tasks = {name: torch.stack([of_task[name] for of_task in drawn]) for name in drawn[0]}
+        return {n: t.to(like) if t.is_floating_point() else t.to(like.device) for n, t in of_tasks.items()}
 
 
 def _draw(network: Network, generator: torch.Generator) -> Parameters:
-    """New parameters: weights and biases uniform within 1 / sqrt(inputs), and normalisation that changes nothing."""
+    """New parameters: uniform within 1 / sqrt(inputs) where a layer begins at random. Frozen ones stay as they are."""
     drawn = {}
     for path, layer in network.named_modules():
         own = dict(layer.named_parameters(recurse=False))
-        matrices = [p for p in own.values() if p.dim() > 1]
+        fixed = _not_random(layer) | {name: p.detach() for name, p in own.items() if not p.requires_grad}
         for name, p in own.items():
-            if p.dim() > 1 or (matrices and name not in ("scale", "shift")):
-                bound = (p if p.dim() > 1 else matrices[0])[0].numel() ** -0.5
-                fresh = (torch.rand(p.shape, dtype=p.dtype, generator=generator) * 2 - 1) * bound
-            else:
-                fresh = torch.full(p.shape, float(name in ("scale", "weight")), dtype=p.dtype)
-            drawn[f"{path}.{name}" if path else name] = fresh
+            if name not in fixed:
+                inputs = next(q for q in (p, *own.values()) if q.dim() > 1)[0].numel()
+                fixed[name] = (torch.rand(p.shape, dtype=p.dtype, generator=generator) * 2 - 1) * inputs**-0.5
+            drawn[f"{path}.{name}" if path else name] = fixed[name]
     return {name: drawn[name] for name, _ in network.named_parameters()}  # tied ones once
+
+
+def _not_random(layer: nn.Module) -> Parameters:
+    """A layer's own parameters that begin with the same values always, such as those of normalisation."""
+    own = dict(layer.named_parameters(recurse=False))
+    if isinstance(layer, ConvBlock):
+        return {"scale": torch.ones_like(own["scale"]), "shift": torch.zeros_like(own["shift"])}
+    if "Norm" not in type(layer).__name__ and any(p.dim() > 1 for p in own.values()):
+        return {}
+    new = deepcopy(layer) if own else layer
+    reset: Any = getattr(new, "reset_parameters", None)
+    if own and reset is not None:
+        reset()
+    return {name: p.detach() for name, p in new.named_parameters(recurse=False)}
 
 
 # --- pretrained as an ordinary classifier ---
@@ -166,6 +201,9 @@ class _Pretrained(NetworkLearner):
                 "pretraining needs a last layer; build ConvNet(n_outputs=the meta-training classes), or say which it "
                 "is with backbone(network, head=the name of a layer)"
             )
+        names, head = dict(self.network.named_parameters()), self.network.get_submodule(self.network.head_prefix[:-1])
+        if any(self.network.head_prefix + name not in names for name, _ in head.named_parameters()):
+            raise ValueError("the last layer shares its weights with another, but every task needs a last layer anew")
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
@@ -222,7 +260,7 @@ class PretrainedFinetuned(_Pretrained):
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an argument is out of range, the network has not one output for each meta-training class, or
+        ValueError: if the network has not one output for each meta-training class, or
             the learner is trained on episodes.
 
     Example:
@@ -250,7 +288,7 @@ class PretrainedFinetuned(_Pretrained):
         if adapt not in ("all", "head"):
             raise ValueError(f"adapt must be 'all' or 'head', got {adapt!r}")
         self.steps, self.lr = steps, lr
-        self.prefix = self.network.head_prefix if adapt == "head" else ""
+        self.prefix = (self.network.head_prefix or "") if adapt == "head" else ""
 
     def answer(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Fine-tune on each support set, then answer the query images."""
@@ -258,12 +296,13 @@ class PretrainedFinetuned(_Pretrained):
 
     def adapt(self, episode: Episode) -> Parameters:
         """The fine-tuned parameters of every task, `[task, ...]` by name; only the support set is read."""
+        heads = {n: p for n, p in self.network.named_parameters() if n.startswith(self.network.head_prefix or "")}
         initial = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        heads = [n for n in initial if n.startswith(self.network.head_prefix or "")]
-        initial |= {n: initial[n].new_zeros(episode.n_way, *initial[n].shape[1:]) for n in heads}
+        initial |= {n: p.new_zeros(episode.n_way, *p.shape[1:]) for n, p in heads.items()}
         of_tasks = {name: p.expand(len(episode), *p.shape) for name, p in initial.items()}
         optimizer = partial(torch.optim.SGD, lr=self.lr, momentum=0.9)
-        return _descend(self, of_tasks, episode, self.steps, optimizer, self.prefix or "")
+        moving = [name for name in initial if name.startswith(self.prefix)]
+        return _descend(self, of_tasks, episode, self.steps, optimizer, moving)
 
 
 class PretrainedCosine(_Pretrained):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from typing import Any
+
+from metatutor.allocator import let_threads_sleep
+from metatutor.files import one_line
 
 LONGEST = 4096  # characters of an argument that makes sense
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have them: 128 and the number of the signal
@@ -42,6 +46,7 @@ def _run(arguments: list[str]) -> None:
     longest = max(map(len, arguments), default=0)
     if longest > LONGEST:
         raise ValueError(f"an argument has {longest:,} characters; none that makes sense has more than {LONGEST:,}")
+    let_threads_sleep()
     with _leaving_at_once():
         from metatutor import commands
     _parsed(commands, arguments)()
@@ -63,11 +68,14 @@ def _parsed(commands: Any, arguments: list[str]) -> Callable[[], None]:
 
 
 def _line(box: str) -> str:
-    """The first part of tyro's box, and where to read on."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    rule = next((i for i, row in enumerate(rows) if set(row) <= set("─╰╯ ")), len(rows))
-    help_ = next((row for row in reversed(rows) if row.endswith("--help")), "metatutor --help")
-    return f"{' '.join(rows[:rule])}; see metatutor{help_.partition('metatutor')[2]}"
+    """What is wrong, from tyro's box around it, what may have been meant, and where to read on."""
+    rows = "\n".join(row.strip("│ ") for row in box.splitlines()[1:])
+    parts = [" ".join(part.split()) for part in re.split(r"(?m)^[─╰╯-]*$", rows)]  # between rules
+    message = re.sub(r"^Error parsing __tyro\S+: ", "", next(filter(None, parts), "not understood"))
+    meant = re.search(r"Perhaps you meant: (--\S+)", " ".join(parts))
+    help_ = re.search(r"metatutor[\w :.-]* --help$", " ".join(parts).rstrip())
+    hint = f"; did you mean {meant.group(1)}?" if meant else f"; see {help_.group() if help_ else 'metatutor --help'}"
+    return message + hint
 
 
 @contextmanager
@@ -89,16 +97,15 @@ def _leaving_at_once() -> Iterator[None]:
 
 
 def _end(status: int, message: str = "") -> None:
-    """Exit with a status after one line of printable characters, not too long."""
+    """Exit with a status, after one line if there is something to say."""
     try:
         sys.stdout.flush()
     except OSError:  # nobody reads on, or the disk is full: what is left is not to be tried again at exit
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
-    with suppress(OSError):
-        if line:
-            print(f"metatutor: {line if len(line) <= 1000 else line[:999] + '…'}", file=sys.stderr)
+    if message:
+        with suppress(OSError):
+            print(f"metatutor: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -13,60 +13,40 @@ import tyro
 from tabulate import tabulate
 
 from metatutor import runs as recorded
-from metatutor.config import RunConfig, TestConfig, parse_test
+from metatutor.config import RunConfig, TestConfig, load_config, parse_test
 from metatutor.data import omniglot
 from metatutor.evaluation import Evaluation
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-app, data_app = tyro.extras.SubcommandApp(), tyro.extras.SubcommandApp()
+app = tyro.extras.SubcommandApp()
 
 
-def command(to: tyro.extras.SubcommandApp) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a function as a command that parsing leaves to be done."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        to.command(name=function.__name__)(wraps(function)(partial(partial, function)))
-        return function
-
-    return register
+    app.command(name=function.__name__)(wraps(function)(partial(partial, function)))
+    return function
 
 
-@command(data_app)
-def download(data: Folder = None, runs: bool = False) -> None:
-    """Download Omniglot and compare every pixel with the published ones.
-
-    Args:
-        data: where to put it; default: METATUTOR_DATA, else your cache folder.
-        runs: get Lake's 20 one-shot runs too.
-    """
-    print(omniglot.download(data, runs=runs))
-
-
-@command(data_app)
-def verify(data: Folder = None) -> None:
-    """Compare every pixel of your copy of Omniglot with the published ones.
+@command
+def data(
+    action: Annotated[Literal["download", "verify", "info"], tyro.conf.Positional],
+    data: Folder = None,
+    runs: bool = False,
+) -> None:
+    """Omniglot: download it, compare every pixel of your copy with the published ones, or count what it holds.
 
     Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
+        action: what to do.
+        data: where it lies, or is to lie; default: METATUTOR_DATA, else your cache folder.
+        runs: download Lake's 20 one-shot runs too.
     """
-    print(omniglot.verify(data))
+    if runs and action != "download":
+        raise ValueError(f"--runs is for download; leave it out of {action}")
+    print(omniglot.download(data, runs=runs) if action == "download" else getattr(omniglot, action)(data))
 
 
-@command(data_app)
-def info(data: Folder = None) -> None:
-    """Count what your copy of Omniglot holds, and tell where its pixels are kept.
-
-    Args:
-        data: where it lies; default: METATUTOR_DATA, else your cache folder.
-    """
-    print(omniglot.info(data))
-
-
-app.command(data_app, name="data")
-
-
-@command(app)
+@command
 def train(
     name: RunName,
     config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),  # noqa: B008 - frozen
@@ -91,7 +71,7 @@ def train(
     print(evaluation)
 
 
-@command(app)
+@command
 def evaluate(
     run: RunName,
     split: Literal["test", "validation"] | None = None,
@@ -112,9 +92,13 @@ def evaluate(
     """
     folder, records = _evaluations(run)
     if test != TestConfig():
+        if not test.name:
+            raise ValueError("another evaluation needs a name: give --test.name too")
         found = recorded.evaluate_run(folder, test, data=data, device=device, record=True)
         print(f"{test.name}: {found}")
         return
+    if not records:
+        raise ValueError(f"{run} was not evaluated yet; name an evaluation with --test.name")
     changes: dict[str, Any] = {"split": split, "n_episodes": n_episodes}
     for record in records:
         again = replace(parse_test(record), **{key: value for key, value in changes.items() if value is not None})
@@ -123,7 +107,7 @@ def evaluate(
         )
 
 
-@command(app)
+@command
 def reproduce(
     run: RunName, runs: Path = Path("runs"), data: Folder = None, device: str | None = None, record: bool = False
 ) -> None:
@@ -136,7 +120,8 @@ def reproduce(
         device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
         record: copy the outcome to results/, in place of what is recorded there.
     """
-    source, _ = _evaluations(run.removesuffix("config.json"))
+    path = Path(run)
+    source = path.parent if path.name == "config.json" else _evaluations(run)[0]
     folder = runs / source.resolve().name
     recorded.check_name(folder.name)
     for name, found, before in recorded.reproduce(source, folder, data=data, device=device):
@@ -148,7 +133,7 @@ def reproduce(
             shutil.copy2(file, target / file.name)
 
 
-@command(app)
+@command
 def runs() -> None:
     """List the recorded runs: every evaluation, what it came to, and the folder of its run."""
     rows = []
@@ -168,10 +153,12 @@ def runs() -> None:
 
 def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:
     """The folder of a run, and the evaluations that are meant: all, or the one of that name."""
-    if "/" in run or (Path(run) / "config.json").exists():
-        return Path(run), recorded.read_evaluations(Path(run))["evaluations"]
-    found = recorded.load_run(run)
-    return found.folder, [found.evaluation]
+    folder = Path(run)
+    if not (folder.parts[1:] or (folder / "config.json").exists()):
+        found = recorded.load_run(run)
+        return found.folder, [found.evaluation]
+    load_config(folder)  # or it is none
+    return folder, recorded.read_evaluations(folder)["evaluations"]
 
 
 def _tell(name: str, found: Evaluation, before: Evaluation | None) -> None:

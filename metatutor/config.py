@@ -50,7 +50,7 @@ class Arguments:
 
 
 @cache
-def config_of(cls: type[nn.Module]) -> type[Arguments]:
+def config_of(cls: type[nn.Module]) -> Any:
     """The arguments of a learner or network as a frozen dataclass, with its tag and its own words on each of them.
 
     Args:
@@ -88,7 +88,7 @@ def _data_type(hint: Any) -> Any:
 
 
 @cache
-def known(key: Key) -> dict[str, type[Arguments]]:
+def known(key: Key) -> dict[str, Any]:
     """The learners (`"method"`) or the networks (`"kind"`) that `metatutor` exports, by their tags."""
     import metatutor  # which imports this module
 
@@ -134,6 +134,9 @@ class DataConfig:
     rotations: bool = True
     shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
 
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
     def load(self, root: Path | str | None = None) -> Splits:
         """The three splits; `root` is where Omniglot lies (see `Omniglot.load`)."""
         if self.source == "strokes":
@@ -151,6 +154,11 @@ class SinusoidsConfig:
     def load(self, root: Path | str | None = None) -> Splits[Sinusoids]:
         """The waves of the paper."""
         return Splits(Sinusoids(), Sinusoids(), Sinusoids(), "sinusoids")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {shown(seed)}")
 
 
 @cache
@@ -212,8 +220,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         if self.n_episodes < 2:
             raise ValueError(f"n_episodes must be at least 2 for an interval, got {self.n_episodes}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        _check_seed(self.seed)
 
 
 # --- the whole ---
@@ -234,7 +241,7 @@ class RunConfig:
         validation: how the training is watched.
 
     Raises:
-        ValueError: if an argument is out of range, or two of them do not go together.
+        ValueError: if or two of them do not go together.
 
     Example:
         >>> config = RunConfig(n_way=20)

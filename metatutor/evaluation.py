@@ -26,7 +26,7 @@ class Evaluation:
         metric: `"accuracy"`: the fraction of query images answered rightly, 0 to 1; `"accuracy_by_instance"`: of the
             first, second, … image of each class in a stream; `"mse_by_step"`: the squared error of a regression before
             the first inner step and after each.
-        mean: over episodes: one number, or one an instance or step.
+        mean: over episodes: a float, or a list of one an instance or step.
         ci95: half the width of the 95% confidence interval of each mean: `1.96 * s / sqrt(n_episodes)`, where `s` is
             the standard deviation over episodes.
         n_episodes: tasks evaluated.
@@ -47,8 +47,8 @@ class Evaluation:
     """
 
     metric: Metric
-    mean: float | list[float]
-    ci95: float | list[float]
+    mean: Any
+    ci95: Any
     n_episodes: int
     n_way: int
     k_shot: int
@@ -87,7 +87,7 @@ class Evaluation:
 
     def _lists(self) -> tuple[list[float], list[float]]:
         single = not isinstance(self.mean, list)
-        return ([self.mean], [self.ci95]) if single else (self.mean, self.ci95)  # pyright: ignore[reportReturnType]
+        return ([self.mean], [self.ci95]) if single else (self.mean, self.ci95)
 
     def record(self) -> dict[str, Any]:
         """What is written to `evaluations.json`: the means under the name of the metric."""

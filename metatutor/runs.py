@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
+from metatutor.allocator import peak_memory_mib
 from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
 from metatutor.data import Splits
 from metatutor.episodes import ClassImages, EpisodeSpec
@@ -232,8 +232,7 @@ def run_training(
         folder: gets the four files of a recorded run, and the checkpoints.
         tests: the evaluations.
         data: where Omniglot lies (see `Omniglot.load`).
-        device: see `train`.
-        progress_bar: whether to show one.
+        device, progress_bar: see `train`.
 
     Raises:
         ValueError: if the folder holds another configuration, or data or tests do not fit it.
@@ -280,8 +279,10 @@ def evaluate_run(
         device: where to compute; default: the CPU.
         record: whether what comes of it goes to `evaluations.json`, under the name of the test.
     """
+    if record:
+        check_name(test.name)
     config = load_config(folder)
-    learner = load_learner(folder, config.tested(test)).to(device or "cpu")
+    learner = load_learner(folder, config.tested(test)).to(check_device(str(device or "cpu")))
     splits = splits or config.data.load(data)
     again = config.regression and test.split == "validation"  # the same waves as for the test
     found = evaluate(
@@ -294,7 +295,6 @@ def evaluate_run(
         stream=test.stream,
     )
     if record:
-        check_name(test.name)
         changes = {key: value for key in ("stream", "learner", "network") if (value := getattr(test, key))}
         about = read_evaluations(folder)
         names = [other["name"] for other in about["evaluations"]]
@@ -326,15 +326,17 @@ def reproduce(
 
 def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data: Path | str | None) -> Splits[Any]:
     """The classes, after all that can be known to be wrong before the training; the folder is the configuration's."""
-    read_evaluations(folder)
-    path = folder / "config.json"
+    path, text = folder / "config.json", config_text(config)
     if path.exists():
         before = load_config(folder)
         if before.train and config.train:
             may = {name: getattr(config.train, name) for name in MAY_CHANGE}
             before = replace(before, train=replace(before.train, **may))
-        if config_text(before) != config_text(config):
+        if config_text(before) != text:
             raise ValueError(f"{folder} holds a run with another configuration; choose another folder or delete it")
+    read_evaluations(folder)
+    for test in tests:
+        check_name(test.name)
     asked: list[tuple[str, EpisodeSpec]] = [(test.split, config.tested(test).test_spec(test)) for test in tests]
     if config.train is not None:
         asked += [("train", config.train_spec), ("validation", config.validation_spec)]
@@ -343,7 +345,7 @@ def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data:
         getattr(splits, split).sampler(spec)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(config_text(config), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return splits
 
 
@@ -377,17 +379,3 @@ def device_name(device: torch.device) -> str:
         return f"cuda, {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {threads} thread{'s' * (threads != 1)}"
-
-
-def peak_memory_mib() -> int:
-    """The most memory the process has held so far: on the GPU if one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return round(torch.cuda.max_memory_allocated() / 2**20)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return round(psutil.Process().memory_info().peak_wset / 2**20)  # pyright: ignore[reportAttributeAccessIssue]
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)

@@ -177,6 +177,8 @@ def train(
     """
     if not learner.learns:
         raise ValueError(f"{type(learner).__name__} learns nothing before it sees a task; evaluate it as it is")
+    if validate is None and (config.keep == "best" or config.patience is not None):
+        raise ValueError("without `validate` no parameters are the best: give it, or leave keep and patience out")
     keep_freed_memory_once()
     accelerator, place = _accelerator(device, log_with, folder)
     share = _share(config.tasks_per_step, accelerator)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metatutor.analysis import layers, linear_cka, query_outputs, relative_change, what_moved
-from metatutor.backbones import ConvNet, Normalization
+from metatutor.backbones import ConvNet, Normalization, backbone
 from metatutor.episodes import Episode
 from metatutor.optimization import MAML
 
@@ -95,6 +95,39 @@ def test_the_last_outputs_are_the_learners_logits(normalization: Normalization) 
         outputs = query_outputs(learner.network, parameters, of_tasks.task(i))
         assert torch.allclose(outputs["linear 2"], logits[i], atol=1e-4)
         assert outputs["conv 1"].shape == (15, 4 * 14 * 14)
+
+
+def of_someone_else() -> nn.Sequential:
+    layers = (
+        nn.Conv2d(1, 3, 3, stride=4),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(147, 6),
+        nn.Linear(6, 5),
+    )
+    return nn.Sequential(*layers)
+
+
+def test_layers_of_anybodys_network_are_named_by_what_they_are() -> None:
+    assert list(layers(backbone(of_someone_else())).items()) == [
+        ("module.0", "conv 1"),
+        ("module.1", "BatchNorm2d 1"),
+        ("module.4", "linear 1"),
+        ("module.5", "linear 2"),
+    ]
+
+
+def test_frozen_layers_do_not_move() -> None:
+    """They are no part of what adapts, and are compared all the same."""
+    someones = of_someone_else()
+    someones[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="one by one"):
+        moved = what_moved(MAML(someones), episode())
+    assert list(moved.change) == ["conv 1", "BatchNorm2d 1", "linear 1", "linear 2"]
+    assert moved.change["conv 1"].tolist() == [0, 0, 0]
+    assert torch.allclose(moved.similarity["conv 1"], torch.ones(3))
+    assert all((moved.change[name] > 0).all() for name in list(moved.change)[1:])
 
 
 def test_hooks_do_not_stay() -> None:

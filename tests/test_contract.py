@@ -149,7 +149,7 @@ class SilentlyFirstOrder(MAML):
 
 
 class Inductive(MAML):
-    transductive = False  # pyright: ignore[reportAssignmentType]
+    transductive = False  # pyright: ignore
 
 
 class Mixing(Prototypical):
@@ -170,7 +170,7 @@ class OrderMatters(Prototypical):
 
 
 class AnyWays(MAML):
-    ways = None  # pyright: ignore[reportAssignmentType]
+    ways = None  # pyright: ignore
 
 
 class Forgetful(Prototypical):

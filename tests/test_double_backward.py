@@ -179,15 +179,17 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "with gaps": lambda images: images.repeat_interleave(2, 3)[..., ::2],
     "turned": lambda images: images.transpose(2, 3).contiguous().transpose(2, 3),
     "one image for all": lambda images: images[:1].expand_as(images),
+    "strides of no meaning": lambda images: images[:1].permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_group_norm_is_torchs_whatever_the_layout(layout: str):
+@pytest.mark.parametrize("shape", [(3, 4, 5, 3), (1, 4, 4, 4), (3, 4, 1, 1), (2, 2, 1, 3)])
+def test_group_norm_is_torchs_whatever_the_layout(shape: tuple[int, ...], layout: str):
     assert agree(
         lambda images, *others: ours_in_groups(LAYOUTS[layout](images), *others).pow(3),
         lambda images, *others: torch_in_groups(LAYOUTS[layout](images), *others).pow(3),
-        [leaf(3, 4, 5, 3), leaf(4, seed=1), leaf(4, seed=2)],
+        [leaf(*shape), leaf(shape[1], seed=1), leaf(shape[1], seed=2)],
         orders=3,
     )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -329,8 +330,9 @@ def test_sizes_of_a_spec():
 def test_any_integer_is_a_size_and_nothing_else(unchecked_types: None):
     import numpy as np
 
-    assert EpisodeSpec(np.int64(3), np.int32(2), 4) == EpisodeSpec(3, 2, 4)
-    assert type(EpisodeSpec(np.int64(3)).n_way) is int
+    three: Any = np.int64(3)
+    assert EpisodeSpec(three, np.int32(2), 4) == EpisodeSpec(3, 2, 4)  # pyright: ignore[reportArgumentType]
+    assert type(EpisodeSpec(three).n_way) is int
     for size in (True, 2.0, "3"):
         with pytest.raises(ValueError, match=exactly(f"n_way must be a positive integer, got {size!r}")):
             EpisodeSpec(n_way=size)  # pyright: ignore[reportArgumentType]

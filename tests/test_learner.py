@@ -205,7 +205,13 @@ def run(program: str) -> str:
 
 
 def test_importing_needs_nothing_that_only_unix_has():
-    run("import sys; sys.modules.update(resource=None, fcntl=None, pwd=None, grp=None, termios=None); import metatutor")
+    run(
+        "import sys; sys.modules.update(resource=None, fcntl=None, pwd=None, grp=None, termios=None); from metatutor import *"
+    )
+
+
+def test_importing_takes_no_time_until_something_is_asked_for():
+    assert run("import sys, metatutor; print('torch' in sys.modules, metatutor.__version__)") == "False 0.1.0\n"
 
 
 def test_importing_imports_nothing_heavy():
@@ -229,5 +235,7 @@ def test_importing_imports_nothing_heavy():
         "metatutor.runs",
         "metatutor.cli",
     }
-    loaded = run("import sys, torch; before = set(sys.modules); import metatutor; print(*set(sys.modules) - before)")
+    loaded = run(
+        "import sys, torch; before = set(sys.modules); from metatutor import *; print(*set(sys.modules) - before)"
+    )
     assert heavy & set(loaded.split()) == set()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.func import functional_call
 
 from metatutor.backbones import ConvNet, Pixels
 from metatutor.episodes import Episode
+from metatutor.functional import call_method
 from metatutor.memory import MetaNet
 from metatutor.memory.metanet import FastMemory, TwoLayers
 
@@ -71,7 +71,7 @@ class Paper:
         self.support = learner.network.embed(episode.support_images[task])
         self.query = learner.network.embed(episode.query_images[task])
         self.labels = episode.support_labels[task].tolist()
-        seen = range(min(learner.config.n_gradients, len(self.labels)))
+        seen = range(min(learner.n_gradients, len(self.labels)))
         of_key = [self.gradients(learner.key, i)[0] for i in seen]
         self.key_fast = self.weight_by_weight(self.key_weight, of_key)
         of_base = [self.gradients(learner.base, i) for i in range(len(self.labels))]
@@ -104,7 +104,7 @@ class Paper:
 
     def key_weight(self, *gradients: Tensor) -> Tensor:
         """An LSTM, one gradient after another, its gates written out."""
-        watch, size = dict(self.learner.watch.named_parameters()), self.learner.config.generator_size
+        watch, size = dict(self.learner.watch.named_parameters()), self.learner.watch.hidden_size
         h = c = torch.zeros(size, dtype=torch.float64)
         for gradient in gradients:
             z = watch["weight_ih_l0"] @ of_any_size(gradient) + watch["bias_ih_l0"]
@@ -222,19 +222,10 @@ def test_the_outer_gradient_of_the_generators_against_finite_differences(random_
     parameters = [learner.get_parameter(name).detach().clone().requires_grad_() for name in names]
 
     def loss(*values: Tensor) -> Tensor:
-        mapping = {f"of.{name}": value for name, value in zip(names, values, strict=True)}
-        return functional_call(_Loss(learner), mapping, episode)
+        own = dict(zip(names, values, strict=True))
+        return call_method(learner, own, learner.meta_loss, episode)
 
     assert gradcheck(loss, tuple(parameters), fast_mode=True)
-
-
-class _Loss(torch.nn.Module):
-    def __init__(self, of: MetaNet) -> None:
-        super().__init__()
-        self.of = of
-
-    def forward(self, episode: Episode) -> Tensor:
-        return self.of.meta_loss(episode)
 
 
 # --- what fast weights depend on ----------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from easyfsl.methods import FewShotClassifier, MatchingNetworks, PrototypicalNet
 from torch import Tensor, nn
 
 from metatutor.backbones import ConvNet
+from metatutor.embedding import EmbeddingLearner
 from metatutor.episodes import Episode
 from metatutor.metric import Matching, Prototypical
-from metatutor.metric.base import MetricLearner
 
 N_WAY, K_SHOT, N_QUERY, SIZE = 4, 3, 5, 64
 
@@ -26,7 +26,7 @@ def task() -> Episode:
     return Episode(support, labels[None], query, torch.zeros(1, N_QUERY, dtype=torch.long), N_WAY)
 
 
-def ours(build: Callable[..., MetricLearner], **arguments) -> MetricLearner:
+def ours(build: Callable[..., EmbeddingLearner], **arguments) -> EmbeddingLearner:
     """With a network that does not look at the other images of its call, as easyfsl embeds support and query apart."""
     torch.manual_seed(0)
     network = ConvNet(filters=16, n_blocks=2, image_size=8, normalization="group")
@@ -64,7 +64,7 @@ class Nothing(nn.Module):
         return images.new_zeros(len(images), SIZE), images
 
 
-def matching(learner: MetricLearner, **more) -> MatchingNetworks:
+def matching(learner: EmbeddingLearner, **more) -> MatchingNetworks:
     return MatchingNetworks(backbone=learner.network, feature_dimension=SIZE, **more)
 
 
@@ -104,7 +104,7 @@ def test_full_context_embeddings_are_theirs():
     assert torch.allclose(attention.log(), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["embed", "compare"])
+@pytest.mark.parametrize("name", ["embed", "answer"])
 def test_the_network_here_sees_images_one_by_one(name: str):
     """Else the comparisons above would compare normalisations."""
     learner, episode = ours(Prototypical), task()

@@ -1,4 +1,4 @@
-"""What every optimization-based learner keeps to: what may depend on what, chunks, modes, errors, learning."""
+"""What every optimization-based learner keeps to, besides the contract of all learners: chunks, modes, losses."""
 
 from __future__ import annotations
 
@@ -14,19 +14,10 @@ from torch import Tensor, nn
 
 from metatutor.backbones import MLP, ConvNet, Network, Normalization
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
-from metatutor.optimization import (
-    MAML,
-    ImplicitMAML,
-    ImplicitMAMLConfig,
-    MAMLConfig,
-    MetaLSTM,
-    MetaLSTMConfig,
-    Reptile,
-    ReptileConfig,
-)
+from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.optimization.base import AdaptingLearner
-from metatutor.training import TrainConfig, train
-from tests.conftest import ForgetfulReptile
+from metatutor.training import TrainConfig, accumulate, train
+from tests.gradients import close, drawn, flat, gradient_of, regression
 
 Episodes = Callable[..., Episode]
 METHODS: dict[str, Callable[..., AdaptingLearner]] = {
@@ -41,19 +32,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "imaml": {"inner_lr": 0.2, "proximity": 1.0, "cg_steps": 3},
     "meta_lstm": {"hidden_size": 3},
 }
-NORMALIZATIONS: list[Normalization] = ["batch", "support", "group"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: (method, {}) for method in METHODS},
+    "first order": ("maml", {"first_order": True}),
+    "anil": ("maml", {"adapt": "head"}),
+    "recompute": ("maml", {"recompute": True}),
+    "maml++": ("maml", {"learned_lr": "layer", "multi_step_iterations": 3}),
+    "maml++, recompute": ("maml", {"learned_lr": "layer", "multi_step_iterations": 3, "recompute": True}),
+    "fixed head": ("imaml", {"fixed_head": True}),
+}
 ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
 of_every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def with_network(method: str, network: Network, seed: int = 0, **options: Any) -> AdaptingLearner:
+def with_network(method: str, network: Network, **options: Any) -> AdaptingLearner:
     """A learner in float64, every parameter random, also those of an LSTM."""
-    kind: Any = ForgetfulReptile if method == "reptile" else METHODS[method]
-    learner = kind(network, **{"inner_steps": 2} | OPTIONS[method] | options).double()
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in learner.parameters():
-        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2
-    return learner
+    return drawn(METHODS[method](network, **{"inner_steps": 2} | OPTIONS[method] | options))
 
 
 def small(method: str, *, normalization: Normalization = "batch", **options: Any) -> AdaptingLearner:
@@ -62,46 +56,11 @@ def small(method: str, *, normalization: Normalization = "batch", **options: Any
     return with_network(method, network, **options)
 
 
-def regression(seed: int = 0, n_tasks: int = 3) -> Episode:
-    """Tasks of four support and five query points."""
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (torch.randn(2, n_tasks, 5, 1, dtype=torch.float64, generator=generator) for _ in range(2))
-    return Episode(x[0, :, :4], y[0, :, :4], x[1], y[1], n_way=1)
-
-
-def loss_and_gradient(learner: AdaptingLearner, episode: Episode) -> Tensor:
-    """The meta-loss and its gradient in all parameters, as one vector."""
-    learner.zero_grad()
-    loss = learner.meta_loss(episode)
-    loss.backward()
-    return flat([loss.detach(), *(p.grad for p in learner.parameters() if p.grad is not None)])
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
 # --- what may depend on what -----------------------------------------------------------------------------------
 
 
 @of_every_method
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_permuted_queries_permute_the_logits(random_episode: Episodes, method: str, normalization: Normalization):
-    episode, learner = random_episode(), small(method, normalization=normalization)
-    permuted = replace(
-        episode, query_images=episode.query_images[:, ORDER], query_labels=episode.query_labels[:, ORDER]
-    )
-    assert close(learner(permuted), learner(episode)[:, ORDER])
-    assert not close(learner(permuted), learner(episode), 1e-3)
-    assert close(learner.meta_loss(permuted), learner.meta_loss(episode))
-
-
-@of_every_method
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("normalization", ["batch", "support", "group"])
 def test_permuted_support_leaves_the_logits(random_episode: Episodes, method: str, normalization: Normalization):
     """Where a step sees the whole support set, as it always does but with Reptile's mini-batches."""
     whole: dict[str, Any] = {"shots_per_step": None} if method == "reptile" else {}
@@ -115,101 +74,40 @@ def test_permuted_support_leaves_the_logits(random_episode: Episodes, method: st
 
 
 @of_every_method
-@pytest.mark.parametrize("training", [True, False])
-def test_query_labels_are_not_read(random_episode: Episodes, method: str, training: bool):
-    episode, learner = random_episode(), small(method).train(training)
-    poisoned = replace(episode, query_labels=torch.full_like(episode.query_labels, 10**6))
-    assert torch.equal(learner(poisoned), learner(episode))
-
-
-@of_every_method
 def test_query_images_are_not_adapted_to(random_episode: Episodes, method: str):
     episode, learner = random_episode(), small(method)
-    other = replace(episode, query_images=torch.full_like(episode.query_images, torch.nan))
+    other = replace(episode, query_images=torch.full_like(episode.query_images, torch.nan), query_labels=None)
     adapted, again = learner.adapt(episode), learner.adapt(other)
     assert adapted.keys() == dict(learner.network.named_parameters()).keys()
     assert all(torch.equal(adapted[name], again[name]) for name in adapted)
 
 
-@of_every_method
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_a_query_sees_other_queries_only_where_the_learner_says_so(
-    random_episode: Episodes, method: str, normalization: Normalization
-):
-    episode, learner = random_episode(), small(method, normalization=normalization)
-    images = episode.query_images.clone()
-    images[:, 2] = 1 - images[:, 2]
-    changed = (learner(replace(episode, query_images=images)) != learner(episode)).any(-1).any(0)
-    assert changed.tolist() == ([True] * 6 if learner.transductive else [False, False, True, False, False, False])
-    assert learner.transductive == (normalization == "batch")
-    assert learner.normalization == normalization
+# --- gradients that add up -------------------------------------------------------------------------------------
 
 
-@of_every_method
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_no_task_sees_another(random_episode: Episodes, method: str, normalization: Normalization):
-    episode, learner = random_episode(), small(method, normalization=normalization)
-    other = replace(episode, support_images=episode.support_images.clone(), query_images=episode.query_images.clone())
-    other.support_images[1] = 1 - other.support_images[1]
-    other.query_images[1] = 1 - other.query_images[1]
-    changed = (learner(other) != learner(episode)).flatten(1).any(1)
-    assert changed.tolist() == [False, True, False]
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_of_chunks_add_up(random_episode: Episodes, variant: str):
+    """To those of all tasks at once, and to what is there already."""
+    method, options = VARIANTS[variant]
+    episode, found = random_episode(n_tasks=3), []
+    for at_once in (None, 1, 2):
+        learner = small(method, **options)
+        assert [len(part) for part in learner.chunks(episode, at_once)] == {None: [3], 1: [1, 1, 1], 2: [2, 1]}[at_once]
+        loss = accumulate(learner, episode, at_once)
+        found.append(flat([loss, *(p.grad for p in learner.parameters() if p.grad is not None)]))
+    assert torch.equal(found[0], flat([learner.meta_loss(episode).detach(), gradient_of(learner, episode)]))
+    assert all(close(other, found[0], 1e-12) for other in found[1:])
+    assert found[0][1:].norm() > 1e-3
+    accumulate(learner, episode)
+    assert close(flat(p.grad for p in learner.parameters() if p.grad is not None), 2 * found[0][1:], 1e-12)
 
 
-# --- tasks side by side ----------------------------------------------------------------------------------------
-
-
-@of_every_method
-@pytest.mark.parametrize("n_tasks", [1, 3])
-def test_a_batch_of_tasks_is_the_tasks_one_by_one(random_episode: Episodes, method: str, n_tasks: int):
-    episode, learner = random_episode(n_tasks=n_tasks), small(method)
-    tasks = [episode.task(i) for i in range(n_tasks)]
-    assert close(learner(episode), torch.cat([learner(task) for task in tasks]))
-    found = torch.stack([loss_and_gradient(learner, task) for task in tasks])
-    assert close(loss_and_gradient(learner, episode), found.mean(0))
-    assert found[:, 1:].norm() > 1e-3
-
-
-@of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [1, 2, 4])
-def test_chunks_change_nothing(random_episode: Episodes, method: str, tasks_per_chunk: int):
-    """Three tasks one by one, in chunks of two and one, and whole."""
-    episode = random_episode(n_tasks=3)
-    whole, chunked = small(method), small(method, tasks_per_chunk=tasks_per_chunk)
-    assert [len(chunk) for chunk in chunked.chunks(episode)] == {1: [1, 1, 1], 2: [2, 1], 4: [3]}[tasks_per_chunk]
-    assert close(chunked(episode), whole(episode))
-    expected = loss_and_gradient(whole, episode)
-    assert close(loss_and_gradient(chunked, episode), expected)
-    with torch.no_grad():
-        assert close(chunked.meta_loss(episode), expected[0])
-
-
-@of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
-def test_compiled_is_plain(
-    random_episode: Episodes, monkeypatch: pytest.MonkeyPatch, method: str, tasks_per_chunk: int | None
-):
-    """What is traced for the compiler gives the same gradient, for other parameters and tasks too."""
-    compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda graph: compiled.append(graph) or graph)
-    learners = [small(method, compile=on, tasks_per_chunk=tasks_per_chunk) for on in (True, False)]
-    for seed in range(2):
-        found, expected = (loss_and_gradient(learner, random_episode(seed=seed)) for learner in learners)
-        assert close(found, expected, 1e-8)
-        for learner in learners:
-            for parameter in learner.parameters():
-                parameter.data += 0.01
-    assert len(compiled) == (1 if tasks_per_chunk is None else 2)  # one for every size of chunk
-    found, expected = (loss_and_gradient(learner.eval(), random_episode()) for learner in learners)
-    assert close(found, expected, 1e-8)
-
-
-@of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
-def test_a_meta_loss_is_part_of_a_larger_one(random_episode: Episodes, method: str, tasks_per_chunk: int | None):
+@pytest.mark.parametrize("variant", [*METHODS, "recompute"])
+def test_a_meta_loss_is_part_of_a_larger_one(random_episode: Episodes, variant: str):
     """Its gradient is scaled, and adds to what other terms give, as any loss's."""
-    episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)
-    alone, parameters = loss_and_gradient(learner, episode)[1:], list(learner.parameters())
+    method, options = VARIANTS[variant]
+    episode, learner = random_episode(), small(method, **options)
+    alone, parameters = gradient_of(learner, episode), list(learner.parameters())
     loss = 3 * learner.meta_loss(episode) + sum(p.pow(2).sum() for p in parameters)
     together = flat(torch.autograd.grad(loss, parameters))
     assert close(together, 3 * alone + 2 * flat(parameters))
@@ -219,25 +117,16 @@ def test_a_meta_loss_is_part_of_a_larger_one(random_episode: Episodes, method: s
 
 
 @of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
-def test_works_without_gradients_and_leaves_no_trace(
-    random_episode: Episodes, method: str, tasks_per_chunk: int | None
-):
-    episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)
-    before = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
-    expected, loss = learner(episode).detach(), learner.meta_loss(episode).detach()
+def test_works_without_gradients(random_episode: Episodes, method: str):
+    episode, learner = random_episode(), small(method)
+    loss = learner.meta_loss(episode)
     with torch.no_grad():
-        logits, loss_again = learner(episode), learner.meta_loss(episode)
+        without = learner.meta_loss(episode)
         assert not any(tensor.requires_grad for tensor in learner.adapt(episode).values())
         assert not torch.is_grad_enabled()
-    assert not logits.requires_grad
-    assert not loss_again.requires_grad
-    assert close(logits, expected)
-    assert close(loss_again, loss)
-    assert close(learner(episode), expected)  # a second time as the first: nothing was remembered
+    assert not without.requires_grad
+    assert close(without, loss.detach())
     assert all(p.grad is None and p.requires_grad for p in learner.parameters())
-    assert learner.state_dict().keys() == before.keys()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.state_dict().items())
 
 
 @of_every_method
@@ -296,9 +185,47 @@ def be_gradient_descent(learner: MetaLSTM) -> None:
 
 
 @of_every_method
+def test_a_regression_is_measured_by_its_steps(method: str):
+    episode, learner = regression(), with_network(method, MLP(1, 1, hidden=(3,)), test_inner_steps=3).eval()
+    with torch.no_grad():
+        errors = learner.measure(episode)
+        paths = [learner.adaptation_path(task) for task in episode]
+    assert errors.shape == (3, 4)
+    for task, path, of_task in zip(episode, paths, errors, strict=True):
+        for parameters, error in zip(path, of_task, strict=True):
+            outputs = learner.query_logits(task, parameters)
+            assert error.item() == pytest.approx(F.mse_loss(outputs, task.query_labels).item(), rel=1e-12)
+
+
+# --- losses ----------------------------------------------------------------------------------------------------
+
+
+WEIGHTED = {"weight": torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64), "label_smoothing": 0.2}
+
+
+@pytest.mark.filterwarnings("ignore:tasks are computed one by one")  # both of its options at once are beyond vmap
+@of_every_method
+def test_a_loss_that_is_a_module(random_episode: Episodes, method: str):
+    """Class weights and smoothing count in both loops (Reptile has no query loss)."""
+    episode, criterion = random_episode(), nn.CrossEntropyLoss(**WEIGHTED)
+    usual, own = (small(method, loss=loss, **short_steps(method)) for loss in (None, criterion))
+    found = own.support_losses(episode, own.adapt(episode, inner_steps=0))
+    of_tasks = list(zip(episode.support_images, episode.support_labels, strict=True))
+    expected = torch.stack([F.cross_entropy(own.network(x), y, **WEIGHTED) for x, y in of_tasks])
+    assert close(found, expected)
+    assert not close(found, usual.support_losses(episode, usual.adapt(episode, inner_steps=0)), 1e-2)
+    assert not close(own(episode), usual(episode), 1e-6)
+    if not isinstance(own, Reptile):
+        expected = F.cross_entropy(own(episode).flatten(0, 1), episode.query_labels.flatten(), **WEIGHTED)
+        assert close(own.meta_loss(episode), expected)
+    assert torch.equal(own.state_dict()["loss.weight"], WEIGHTED["weight"])
+    assert "loss" not in own.arguments or own.arguments["loss"] is None
+
+
+@of_every_method
 @pytest.mark.parametrize("loss", [F.huber_loss, F.l1_loss])
-def test_a_loss_of_ones_own(method: str, loss: Callable[[Tensor, Tensor], Tensor]):
-    """It is what adaptation descends, and the mean over queries is what is reported (Reptile has no query loss)."""
+def test_a_loss_that_is_a_function(method: str, loss: Callable[[Tensor, Tensor], Tensor]):
+    """It is what adaptation descends, and the mean over queries is what is reported."""
     episode = regression()
     usual, own = (
         with_network(method, MLP(1, 1, hidden=(3,)), loss=criterion, **short_steps(method))
@@ -314,24 +241,34 @@ def test_a_loss_of_ones_own(method: str, loss: Callable[[Tensor, Tensor], Tensor
             assert close(learner.meta_loss(episode), expected)
 
 
-@of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [None, 2])
-def test_a_frozen_parameter_gets_no_gradient(random_episode: Episodes, method: str, tasks_per_chunk: int | None):
-    """The others get what they got, also where the meta-gradient is computed beforehand; tasks adapt all of them."""
-    episode, learner = random_episode(), small(method, tasks_per_chunk=tasks_per_chunk)
-    logits = learner(episode)
-    learner.meta_loss(episode).backward()
-    expected = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
-    learner.zero_grad()
-    learner.network.blocks.requires_grad_(False)
-    assert close(learner(episode), logits)
-    learner.meta_loss(episode).backward()
-    for name, parameter in learner.named_parameters():
-        if name.startswith("network.blocks."):
-            assert parameter.grad is None
-        else:
-            assert parameter.grad is not None
-            assert close(parameter.grad, expected[name]), name
+@pytest.mark.parametrize("method", ["maml", "imaml", "meta_lstm"])
+@pytest.mark.parametrize("inner", [lambda outputs, y: -100 * F.mse_loss(outputs, y), nn.HuberLoss(delta=0.1)])
+def test_another_loss_inside_than_outside(method: str, inner: Callable[[Tensor, Tensor], Tensor]):
+    """Tasks adapt as with the inner loss alone; what the outer loop minimises is the outer one."""
+    episode, network = regression(), drawn(MLP(1, 1, hidden=(3,)))
+    both, inside, outside = (
+        with_network(method, network, **short_steps(method), **losses)
+        for losses in ({"loss": F.l1_loss, "inner_loss": inner}, {"loss": inner}, {"loss": F.l1_loss})
+    )
+    assert torch.equal(both(episode), inside(episode))
+    assert not close(both(episode), outside(episode), 1e-6)
+    assert close(both.meta_loss(episode), F.l1_loss(both(episode), episode.query_labels))
+
+
+@pytest.mark.parametrize("method", ["reptile", "imaml"])
+def test_a_loss_that_would_not_be_learned_is_refused(method: str):
+    class Temperature(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return F.cross_entropy(self.scale * logits, labels)
+
+    message = f"{METHODS[method].__name__} learns parameters of the network only; freeze those of the loss"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        METHODS[method](ConvNet(3), loss=Temperature())
+    METHODS[method](ConvNet(3), loss=Temperature().requires_grad_(False))
 
 
 # --- learning --------------------------------------------------------------------------------------------------
@@ -358,31 +295,36 @@ def test_overfits_one_episode(random_episode: Episodes, method: str):
     optimizer = torch.optim.Adam(learner.parameters(), lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()
-        learner.meta_loss(episode).backward()
+        accumulate(learner, episode)
         optimizer.step()
+        learner.after_step()
     loss, accuracy = answer()
     assert loss < 0.2 and accuracy == 1
 
 
-class InDoublePrecision:
-    """The tasks of a sampler in float64."""
-
-    def __init__(self, sampler: EpisodeSampler) -> None:
-        self.sampler, self.generator = sampler, sampler.generator
+class InDoublePrecision(EpisodeSampler):
+    """Tasks in float64."""
 
     def sample(self, n_tasks: int) -> Episode:
-        episode = self.sampler.sample(n_tasks)
-        return replace(
-            episode, support_images=episode.support_images.double(), query_images=episode.query_images.double()
-        )
+        return super().sample(n_tasks).to(torch.float64)
 
 
-def short_run(learner: AdaptingLearner, classes: ClassImages, *, seed: int = 3, **options: Any) -> list[float]:
+class Classes:
+    """Classes whose tasks come in float64."""
+
+    def __init__(self, images: ClassImages) -> None:
+        self.images = images
+
+    def sampler(self, spec: EpisodeSpec, *, seed: int) -> InDoublePrecision:
+        return InDoublePrecision(self.images, spec, seed=seed)
+
+
+def short_run(learner: AdaptingLearner, classes: ClassImages, k_shot: int = 2, **options: Any) -> list[float]:
     """The meta-losses after every half of a few steps of training."""
-    sampler = InDoublePrecision(EpisodeSampler(classes, EpisodeSpec(3, 2, 2), seed=seed))
-    config = TrainConfig(**{"iterations": 4, "tasks_per_step": 2, "outer_lr": 0.02, "warmup": 2} | options)
+    config = TrainConfig(**{"iterations": 2, "tasks_per_step": 2, "outer_lr": 0.02, "warmup": 2, "seed": 3} | options)
     config = replace(config, log_every=config.iterations // 2)
-    history = train(learner, sampler, config, progress_bar=False, device="cpu")
+    spec = EpisodeSpec(3, k_shot, 2)
+    history = train(learner, Classes(classes), spec, config, progress_bar=False, device="cpu")
     return [row["meta_loss"] for row in history]
 
 
@@ -400,31 +342,48 @@ def test_same_seed_same_weights(class_images: Callable[..., ClassImages], method
     assert not torch.equal(runs[0][1], flat(small(method).parameters()))
 
 
+ONE_SHOT = {"k_shot": 1, "tasks_per_step": 4}
+
+
 @pytest.mark.parametrize(
-    ("method", "losses"),  # after 10 and 20 steps
+    ("method", "options", "run", "losses"),  # after 10 and 20 steps
     [
-        ("reptile", [1.864812995674105, 1.9128045470401105]),
-        ("imaml", [0.782828507783036, 0.7285959699142175]),
-        ("meta_lstm", [0.874564614156119, 0.7504023244501719]),
+        ("maml", {"inner_steps": 1}, ONE_SHOT, [0.7827286994272906, 0.5967709322091785]),
+        ("maml", {"inner_steps": 1, "first_order": True}, ONE_SHOT, [0.8278923954232955, 0.8062986436015036]),
+        (
+            "maml",
+            {"normalization": "support"},
+            {**ONE_SHOT, "tasks_at_once": 3},
+            [0.6269739469688023, 0.42880839873533516],
+        ),
+        ("reptile", {}, {}, [2.1695295011924154, 2.9161177567274135]),
+        ("imaml", {}, {}, [0.782828507783036, 0.7285959699142175]),
+        ("meta_lstm", {}, {}, [0.874564614156119, 0.7504023244501719]),
     ],
 )
-def test_twenty_steps_go_where_they_went(class_images: Callable[..., ClassImages], method: str, losses: list[float]):
-    found = short_run(small(method), class_images(12, 6), iterations=20, warmup=5)
+def test_twenty_steps_go_where_they_went(
+    class_images: Callable[..., ClassImages],
+    method: str,
+    options: dict[str, Any],
+    run: dict[str, Any],
+    losses: list[float],
+):
+    found = short_run(small(method, **options), class_images(12, 6), iterations=20, warmup=5, **run)
     assert found == pytest.approx(losses, rel=1e-6)
 
 
-# --- errors ----------------------------------------------------------------------------------------------------
+# --- errors and arguments --------------------------------------------------------------------------------------
 
 
 @of_every_method
 def test_another_number_of_ways(random_episode: Episodes, method: str):
-    name = type(small(method)).__name__
+    learner = small(method)
     message = (
-        f"the network has 3 outputs but the episode is 4-way; {name} adapts one head, "
+        f"the network has 3 outputs but the episode is 4-way; {type(learner).__name__} adapts one head, "
         "so build ConvNet(n_outputs=4) and train it"
     )
-    whole, chunked = small(method), small(method, tasks_per_chunk=1)
-    for refused in (whole.forward, whole.meta_loss, whole.adapt, whole.adaptation_path, chunked.meta_loss):
+    assert learner.ways == 3
+    for refused in (learner.forward, learner.meta_loss, learner.adapt, learner.adaptation_path):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             refused(random_episode(n_way=4))
 
@@ -465,55 +424,34 @@ MISTAKES: dict[str, list[tuple[dict[str, Any], str]]] = {
     [(method, *mistake) for method, mistakes in MISTAKES.items() for mistake in mistakes],
 )
 def test_mistakes_are_named(method: str, options: dict[str, Any], message: str):
-    """By the learner, and by its config before there is one."""
-    for build in (lambda: METHODS[method](ConvNet(3), **options), lambda: CONFIGS[method](**options)):
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            build()
-
-
-@of_every_method
-@pytest.mark.parametrize("tasks_per_chunk", [0, -1])
-def test_a_chunk_holds_a_task(method: str, tasks_per_chunk: int):
-    with pytest.raises(ValueError, match=f"^tasks_per_chunk must be positive, got {tasks_per_chunk}$"):
-        METHODS[method](ConvNet(3), tasks_per_chunk=tasks_per_chunk)
-
-
-# --- configs ---------------------------------------------------------------------------------------------------
-
-
-CONFIGS: dict[str, Callable[..., Any]] = {
-    "maml": MAMLConfig,
-    "reptile": ReptileConfig,
-    "imaml": ImplicitMAMLConfig,
-    "meta_lstm": MetaLSTMConfig,
-}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        METHODS[method](ConvNet(3), **options)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("method", "options"),
     [
-        MAMLConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, learned_lr="layer", multi_step_iterations=7),
-        MAMLConfig(inner_lr=0.2, inner_steps=2, first_order=True, adapt="head", recompute=True, compile=True),
-        ReptileConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, shots_per_step=4),
-        ReptileConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=None, shots_per_step=None),
-        ImplicitMAMLConfig(inner_lr=0.2, inner_steps=2, test_inner_steps=3, proximity=0.5, cg_steps=4, cg_damping=0.1),
-        MetaLSTMConfig(inner_steps=2, test_inner_steps=3, hidden_size=4),
+        ("maml", {"inner_lr": 0.2, "test_inner_steps": 3, "learned_lr": "layer", "multi_step_iterations": 7}),
+        ("maml", {"test_inner_lr": 0.2, "first_order": True, "adapt": "head", "recompute": True, "compiled": True}),
+        ("reptile", {"inner_lr": 0.2, "test_inner_steps": 3, "shots_per_step": 4}),
+        ("reptile", {"inner_lr": 0.2, "test_inner_steps": None, "shots_per_step": None}),
+        ("imaml", {"inner_lr": 0.2, "test_inner_steps": 3, "proximity": 0.5, "cg_steps": 4, "cg_damping": 0.1}),
+        ("meta_lstm", {"test_inner_steps": 3, "hidden_size": 4, "fixed_head": True}),
     ],
-    ids=lambda config: config.method,
 )
-def test_a_config_builds_its_learner(config: Any):
-    """All arguments arrive, each at its own place: no two are equal."""
-    learner = config.build(network := ConvNet(3))
-    assert learner.config == config
+def test_arguments_are_kept_and_make_the_same_again(method: str, options: dict[str, Any]):
+    """All arrive, each at its own place: no two are equal."""
+    learner = METHODS[method](network := ConvNet(3), inner_steps=2, **options)
     assert learner.network is network
-    assert type(learner) is METHODS[config.method]
-    assert (learner.inner_steps, learner.test_inner_steps) == (config.inner_steps, config.test_inner_steps)
+    assert {name: learner.arguments[name] for name in options} == options
+    again = METHODS[method](network, **learner.arguments)
+    assert again.arguments == learner.arguments
+    for name, value in {"inner_steps": 2, **options}.items():
+        if name not in ("adapt", "compiled", "hidden_size"):
+            assert getattr(again, name) == value, name
 
 
-@of_every_method
-def test_learner_and_config_agree_on_the_defaults(method: str):
-    learner, config = METHODS[method](ConvNet(3)), CONFIGS[method]()
-    assert learner.config == config
-    assert config.method == method
-    assert (learner.inner_steps, learner.test_inner_steps) == (config.inner_steps, config.test_inner_steps)
-    assert learner.tasks_per_chunk is None
+def test_every_method_says_what_it_asks_of_a_network():
+    for kind in (MAML, Reptile, ImplicitMAML, MetaLSTM):
+        assert kind.outputs(n_way=5, n_train_classes=100) == 5
+        assert (kind.learns, kind.reads_streams, kind.trains_on) == (True, False, "episodes")

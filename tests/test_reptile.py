@@ -14,38 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metatutor.backbones import MLP, ConvNet, Normalization
-from metatutor.episodes import Episode
-from metatutor.learner import Parameters
+from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.functional import Parameters
 from metatutor.optimization import Reptile
-from metatutor.training import TrainConfig, train
-from tests.conftest import ForgetfulReptile
+from metatutor.training import TrainConfig, accumulate, train
+from tests.gradients import close, drawn, flat, gradient_of
 
 Episodes = Callable[..., Episode]
 
 
-def small(
-    *, normalization: Normalization = "batch", seed: int = 0, kind: type[Reptile] = ForgetfulReptile, **options: Any
-) -> Reptile:
+def small(*, normalization: Normalization = "batch", **options: Any) -> Reptile:
     """A learner of 3-way tasks of 8×8 pixels in float64, every parameter random."""
     network = ConvNet(3, filters=4, n_blocks=2, image_size=8, normalization=normalization)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in network.double().parameters():
-        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=generator) / 2
-    return kind(network, **{"inner_lr": 0.02, "test_inner_steps": None} | options)
-
-
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def close(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=tolerance, atol=tolerance)
-
-
-def outer_gradient(learner: Reptile, episode: Episode) -> Tensor:
-    learner.zero_grad()
-    learner.meta_loss(episode).backward()
-    return flat([p.grad for p in learner.network.parameters() if p.grad is not None])
+    return Reptile(drawn(network), **{"inner_lr": 0.02, "test_inner_steps": None} | options)
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------
@@ -62,13 +43,13 @@ def test_two_steps_by_hand():
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
     x, y = torch.full((1, 1, 1), 2.0).double(), torch.full((1, 1, 1), 3.0).double()
-    learner, episode = ForgetfulReptile(network, inner_lr=0.5, inner_steps=2), Episode(x, y, x, y, n_way=1)
+    learner, episode = Reptile(network, inner_lr=0.5, inner_steps=2), Episode(x, y, x, y, n_way=1)
     second = 0.25 / math.sqrt(0.001 * (0.999 + 0.25) / (1 - 0.999**2))
     path = learner.adaptation_path(episode)
     for name in ("head.weight", "head.bias"):
         found = [parameters[name].item() for parameters in path]
         assert found == pytest.approx([0, 0.5, 0.5 + second], abs=1e-8)
-    assert close(outer_gradient(learner, episode), torch.full((2,), -0.5 - second).double(), 1e-8)
+    assert close(gradient_of(learner, episode), torch.full((2,), -0.5 - second).double(), 1e-8)
     assert learner.meta_loss(episode).item() == pytest.approx((0.5 + second) ** 2, abs=1e-7)
 
 
@@ -77,14 +58,14 @@ def test_two_steps_by_hand():
 
 def naive(learner: Reptile, task: Episode) -> Parameters:
     """The parameters after PyTorch's own Adam has seen the mini-batches of one task."""
-    config, network = learner.config, deepcopy(learner.network)
+    network = deepcopy(learner.network)
     images, labels = task.support_images[0], task.support_labels[0]
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.inner_lr, betas=(0.0, 0.999))
+    optimizer = torch.optim.Adam(network.parameters(), lr=learner.inner_lr, betas=(0.0, 0.999))
     of_class = [[i for i, label in enumerate(labels.tolist()) if label == way] for way in range(task.n_way)]
-    for step in range(config.inner_steps):
+    for step in range(learner.inner_steps):
         chosen = list(range(len(labels)))
-        if config.shots_per_step is not None and config.shots_per_step < len(of_class[0]):
-            turns = [step * config.shots_per_step + i for i in range(config.shots_per_step)]
+        if learner.shots_per_step is not None and learner.shots_per_step < len(of_class[0]):
+            turns = [step * learner.shots_per_step + i for i in range(learner.shots_per_step)]
             chosen = [mine[turn % len(mine)] for mine in of_class for turn in turns]
         optimizer.zero_grad()
         F.cross_entropy(network(images[chosen]), labels[chosen]).backward()
@@ -93,15 +74,14 @@ def naive(learner: Reptile, task: Episode) -> Parameters:
 
 
 @pytest.mark.parametrize(
-    ("inner_steps", "shots_per_step", "tasks_per_chunk"),
-    [(1, 2, None), (1, None, None), *((6, shots, None) for shots in (1, 2, 4, 5, 9, None)), (6, 2, 2)],
+    ("inner_steps", "shots_per_step"), [(1, 2), (1, None), *((6, shots) for shots in (1, 2, 4, 5, 9, None))]
 )
 def test_the_update_is_the_mean_of_what_adam_does_to_each_task(
-    random_episode: Episodes, inner_steps: int, shots_per_step: int | None, tasks_per_chunk: int | None
+    random_episode: Episodes, inner_steps: int, shots_per_step: int | None
 ):
     """Five shots: mini-batches of 2 and 4 go round, so that one holds the last shots and the first."""
     episode = random_episode(n_tasks=3, k_shot=5)
-    learner = small(inner_steps=inner_steps, shots_per_step=shots_per_step, tasks_per_chunk=tasks_per_chunk)
+    learner = small(inner_steps=inner_steps, shots_per_step=shots_per_step)
     expected = [naive(learner, episode.task(i)) for i in range(len(episode))]
     adapted = learner.adapt(episode)
     initial = dict(learner.network.named_parameters())
@@ -112,12 +92,12 @@ def test_the_update_is_the_mean_of_what_adam_does_to_each_task(
     distances = [sum((initial[n] - p).pow(2).sum().item() for n, p in of_task.items()) for of_task in expected]
     assert learner.meta_loss(episode).item() == pytest.approx(sum(distances) / 6, rel=1e-7)
     mean = torch.stack([flat(of_task.values()) for of_task in expected]).mean(0)
-    assert close(outer_gradient(learner, episode), flat(initial.values()) - mean, 1e-7)
+    assert close(gradient_of(learner, episode), flat(initial.values()) - mean, 1e-7)
 
 
 def test_adam_goes_on_where_the_tasks_before_left_it(random_episode: Episodes):
     """Two outer steps on one task against one Adam of PyTorch's that never starts anew."""
-    task, learner = random_episode(n_tasks=1, k_shot=5), small(kind=Reptile, inner_steps=3, shots_per_step=1)
+    task, learner = random_episode(n_tasks=1, k_shot=5), small(inner_steps=3, shots_per_step=1)
     network = deepcopy(learner.network)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.02, betas=(0.0, 0.999))
     images, labels = task.support_images[0], task.support_labels[0]
@@ -127,6 +107,7 @@ def test_adam_goes_on_where_the_tasks_before_left_it(random_episode: Episodes):
         outer.zero_grad()
         learner.meta_loss(task).backward()
         outer.step()
+        learner.after_step()
         for step in range(3):
             optimizer.zero_grad()
             F.cross_entropy(network(images[by_class[:, step]]), labels[by_class[:, step]]).backward()
@@ -141,25 +122,61 @@ def test_adam_goes_on_where_the_tasks_before_left_it(random_episode: Episodes):
     assert not close(learner.eval()(task), anew.eval()(task), 1e-3)  # nor does the test start anew
 
 
-def test_several_tasks_leave_their_mean(random_episode: Episodes):
-    episode, learner = random_episode(n_tasks=4), small(kind=Reptile, inner_steps=2)
-    learner.meta_loss(episode)
-    alone = [small(kind=Reptile, inner_steps=2) for _ in range(4)]
-    for i, one in enumerate(alone):
-        one.meta_loss(episode.task(i))
-    assert close(learner.squares, torch.stack([one.squares for one in alone]).mean(0))
-    assert learner.filled == alone[0].filled > 0
-    for other in (
-        small(kind=Reptile, inner_steps=2, tasks_per_chunk=3),
-        small(kind=Reptile, inner_steps=2, compile=True),
-    ):
-        other.meta_loss(episode)
-        assert close(other.squares, learner.squares, 1e-7)
-        assert close(other.filled, learner.filled)
-    left = learner.squares.clone()
+def state(learner: Reptile) -> Tensor:
+    return torch.cat([learner.squares, learner.filled.view(1)])
+
+
+def test_several_tasks_leave_their_mean_after_the_step(random_episode: Episodes):
+    """Computed at once or in chunks, alike or not; until then the loss is what it was, however often it is asked."""
+    episode, left = random_episode(n_tasks=4), []
+    for task in episode:
+        learner = small(inner_steps=2)
+        learner.meta_loss(task).backward()
+        assert not state(learner).any()
+        learner.after_step()
+        left.append(state(learner))
+    expected = torch.stack(left).mean(0)
+    for at_once in (None, 1, 2, 3):
+        learner = small(inner_steps=2)
+        accumulate(learner, episode, at_once)
+        again = learner.meta_loss(episode)
+        assert torch.equal(again, learner.meta_loss(episode))
+        assert not state(learner).any()
+        learner.after_step()
+        assert close(state(learner), expected, 1e-14)
+        assert (expected > 0).double().mean() > 0.8
+        assert not close(learner.meta_loss(episode), again, 1e-3)  # now Adam goes on from there
+
+
+def test_only_what_a_step_of_training_saw_is_left(random_episode: Episodes):
+    episode, learner = random_episode(), small(inner_steps=2)
+    learner.after_step()  # of no tasks: nothing
+    assert not state(learner).any()
+    accumulate(learner, episode)
+    learner.after_step()
+    left = state(learner)
+    with torch.no_grad():
+        learner.meta_loss(episode)
+    learner(episode)
     learner.eval().meta_loss(episode)
     learner(episode)
-    assert torch.equal(learner.squares, left)  # only training moves it
+    learner.train().after_step()
+    assert torch.equal(state(learner), left)
+
+
+def test_a_frozen_layer_has_no_state(random_episode: Episodes):
+    """Nor do the others lose theirs when one is frozen in mid-training, or set free again."""
+    episode, learner = random_episode(), small(inner_steps=2)
+    steps = []
+    for frozen in (False, True, False):
+        learner.network.blocks.requires_grad_(not frozen)
+        before = state(learner)
+        accumulate(learner, episode)
+        learner.after_step()
+        steps.append(before != state(learner))
+    n_blocks = sum(p.numel() for p in learner.network.blocks.parameters())
+    assert [step[:n_blocks].any().item() for step in steps] == [True, False, True]
+    assert all(step[n_blocks:].any() for step in steps)
 
 
 class Watched(Reptile):
@@ -244,10 +261,8 @@ def test_plain_descent_goes_to_the_mean_of_the_adapted(random_episode: Episodes,
     initial = flat(learner.network.parameters()).detach()
     mean = flat([adapted.mean(0) for adapted in learner.adapt(episode).values()]).detach()
     if through_train:
-        config = TrainConfig(
-            1, 4, outer_lr=outer_lr, optimizer="sgd", warmup=0, schedule="constant", clip_norm=math.inf
-        )
-        train(learner, Always(episode), config, device="cpu", progress_bar=False)
+        config = TrainConfig(1, 4, outer_lr=outer_lr, optimizer="sgd", warmup=0, schedule="constant", clip_norm=None)
+        train(learner, Always(episode), SPEC, config, device="cpu", progress_bar=False)
     else:
         optimizer = torch.optim.SGD(learner.parameters(), lr=outer_lr)
         learner.meta_loss(episode).backward()
@@ -256,11 +271,17 @@ def test_plain_descent_goes_to_the_mean_of_the_adapted(random_episode: Episodes,
     assert (mean - initial).norm() > 0.1
 
 
+SPEC = EpisodeSpec(3, 2, 2)
+
+
 class Always:
-    """The same tasks every time."""
+    """Classes whose tasks are the same every time."""
 
     def __init__(self, episode: Episode) -> None:
-        self.episode, self.generator = episode, torch.Generator()
+        self.episode = episode
+
+    def sampler(self, spec: EpisodeSpec, *, seed: int) -> Always:
+        return self
 
     def sample(self, n_tasks: int) -> Episode:
         assert n_tasks == len(self.episode)
@@ -270,15 +291,15 @@ class Always:
 def test_queries_do_not_teach(random_episode: Episodes):
     """Neither their images nor their labels, nor how many they are."""
     episode, learner = random_episode(), small(inner_steps=2)
-    images, labels = torch.full_like(episode.query_images, torch.nan), torch.full_like(episode.query_labels, 10**6)
-    expected = outer_gradient(learner, episode)
+    images, labels = torch.full_like(episode.query_images, torch.nan), torch.zeros_like(episode.query_labels)
+    expected = gradient_of(learner, episode)
     for other in (
         replace(episode, query_images=images, query_labels=labels),
-        replace(episode, query_images=images[:, :1], query_labels=labels[:, :1]),
+        replace(episode, query_images=images[:, :1], query_labels=None),
     ):
-        assert torch.equal(outer_gradient(learner, other), expected)
+        assert torch.equal(gradient_of(learner, other), expected)
         assert torch.equal(learner.meta_loss(other), learner.meta_loss(episode))
-    changed = outer_gradient(learner, replace(episode, support_images=1 - episode.support_images))
+    changed = gradient_of(learner, replace(episode, support_images=1 - episode.support_images))
     assert not close(changed, expected, 1e-3)
 
 
@@ -286,20 +307,24 @@ def test_the_transductive_choice_does_not_concern_training(random_episode: Episo
     """Normalised by themselves or by the support, support images are the same; query images are not."""
     episode = random_episode()
     batch, support = (small(normalization=normalization, inner_steps=2) for normalization in ("batch", "support"))
-    assert close(outer_gradient(batch, episode), outer_gradient(support, episode), 1e-7)
+    assert close(gradient_of(batch, episode), gradient_of(support, episode), 1e-7)
     assert not close(batch(episode), support(episode), 1e-3)
 
 
 def test_no_inner_step_teaches_nothing(random_episode: Episodes):
     episode, learner = random_episode(), small(inner_steps=0)
     assert learner.meta_loss(episode) == 0
-    assert not outer_gradient(learner, episode).any()
+    assert not gradient_of(learner, episode).any()
 
 
 def test_no_graph_of_the_inner_steps_is_kept(random_episode: Episodes):
     """What autograd holds when the loss is there does not grow with the steps."""
-    learner = small(inner_steps=3)
-    loss = learner.meta_loss(random_episode())
-    assert loss.grad_fn is not None
-    parents = [function for function, _ in loss.grad_fn.next_functions if function is not None]
-    assert {type(function).__name__ for function in parents} == {"AccumulateGrad"}
+    sizes = []
+    for inner_steps in (1, 4):
+        waiting: list[Any] = [small(inner_steps=inner_steps).meta_loss(random_episode()).grad_fn]
+        functions = set()
+        while waiting:
+            functions.add(function := waiting.pop())
+            waiting += [parent for parent, _ in function.next_functions if parent not in {None} | functions]
+        sizes.append(len(functions))
+    assert sizes[0] == sizes[1] > 10

@@ -1,21 +1,39 @@
-"""Recorded weights reproduce the recorded accuracy, on the first of the recorded tasks."""
+"""The recorded runs: their numbers stay, their weights reproduce them, and their histories are their own."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from metatutor.recording import DataConfig, SinusoidsConfig, evaluate_learner, load_run, run_names
 
+from metatutor.config import DataConfig, SinusoidsConfig
 from metatutor.data import Splits
 from metatutor.episodes import Episode
-from metatutor.evaluation import ByInstance, Evaluation, Regression
+from metatutor.evaluation import Evaluation, scores
 from metatutor.memory.stream import StreamLearner
+from metatutor.runs import (
+    VALIDATION_SEED,
+    WEIGHTS_LIMIT,
+    Run,
+    evaluate_run,
+    load_run,
+    read_evaluations,
+    recorded_accuracy,
+    results_folder,
+    run_folders,
+    run_names,
+)
 
-N_EPISODES = 20
+MOST_EPISODES, LEAST_EPISODES = 20, 4
+SEEN = 0.03  # how far off a network must be to be found out, where so many tasks tell
+RECORDED: dict[str, list[Any]] = json.loads((Path(__file__).parent / "recorded.json").read_text())
+RUNS = {name: load_run(name) for name in run_names()}
 
 
 @cache
@@ -25,39 +43,93 @@ def splits_of(config: DataConfig | SinusoidsConfig) -> Splits:
     return config.load()
 
 
-@pytest.mark.parametrize("name", run_names())
-def test_recorded_weights_give_the_recorded_accuracy(name: str):
-    run = load_run(name)
-    splits = splits_of(run.config.data)
-    recorded = run.evaluation
-    if run.config.regression:  # waves cost little: all of them, so only rounding may differ
-        again = evaluate_learner(run.learner(), splits, run.config)
-        assert isinstance(again, Regression)
-        curves = zip(again.mse_by_step, recorded["mse_by_step"], recorded["ci95_by_step"], strict=True)
-        assert all(abs(mse - expected) < ci95 / 4 for mse, expected, ci95 in curves)
-        return
-    found = evaluate_learner(run.learner(), splits, run.config, n_episodes=N_EPISODES)
-    for field in ("n_way", "k_shot", "seed", "split", "normalization", "transductive"):
-        assert getattr(found, field) == recorded[field]
-    # Four standard errors of a mean over so few tasks. A wrong network is off by far more.
-    errors = 4 / 1.96 * (recorded["n_episodes"] / N_EPISODES) ** 0.5
-    if run.config.evaluation.stream:
-        assert isinstance(found, ByInstance)
-        instances = (found.accuracy_by_instance, recorded["accuracy_by_instance"], recorded["ci95_by_instance"])
-        measured = list(zip(*instances, strict=True))
-    else:
-        assert isinstance(found, Evaluation) and found.n_query == recorded["n_query"]
-        measured = [(found.accuracy, recorded["accuracy"], recorded["ci95"])]
-    assert all(abs(again - expected) < errors * ci95 for again, expected, ci95 in measured)
+# --- what is written down ---
 
 
-STREAMS = [name for name in run_names() if load_run(name).config.evaluation.stream]
+def test_no_recorded_number_has_changed() -> None:
+    """`recorded.json` holds every mean and its interval as they were when each evaluation had a folder of its own."""
+    found = {name: recorded_accuracy(name) for name in RECORDED}
+    assert {name: [evaluation.mean, evaluation.ci95] for name, evaluation in found.items()} == RECORDED
+    assert len(RECORDED) == 73
 
 
-@pytest.mark.parametrize("name", STREAMS)
-def test_first_instances_of_a_stream_are_guessed(name: str) -> None:
+def test_every_name_and_every_weight_is_there_once() -> None:
+    folders = run_folders()
+    assert sorted(r["name"] for f in folders for r in read_evaluations(f)["evaluations"]) == sorted(set(run_names()))
+    weights = [path.read_bytes() for path in results_folder().glob("*/model.safetensors")]
+    pretrained = 1  # both pretrained baselines learn the same classifier
+    assert len(set(weights)) == len(weights) - pretrained
+    assert sum(map(len, weights)) < 24e6 and max(map(len, weights)) <= WEIGHTS_LIMIT
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
+def test_every_recorded_run_is_whole(run: Run) -> None:
+    about, learner = run.evaluation, run.learner()
+    assert about["n_episodes"] >= (600 if run.config.regression else 1000)  # as many as the papers have
+    assert about["parameters"] == sum(p.numel() for p in learner.parameters())
+    assert about["device"] and about["torch"] and about["peak_memory_mib"] > 0
+    assert (run.config.train is None) == (run.history == []) == (about["train_iterations"] == 0)
+    assert not run.history or run.history[-1]["iteration"] == about["train_iterations"]
+    if run.test.stream:
+        assert len(about["accuracy_by_instance"]) == about["k_shot"]
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
+def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(run: Run) -> None:
+    """Where an evaluation is of such tasks as the training was validated on, under the same arguments."""
+    test, tasks = run.test, run.config.validation_spec
+    alike = (test.n_way, test.k_shot, test.stream) == (tasks.n_way, tasks.k_shot, run.config.validation.stream)
+    if run.history and not run.config.regression and alike and not test.learner and not test.network:
+        mean = torch.tensor(RECORDED[run.name][0]).mean().item()
+        assert abs(run.history[-1]["validation_accuracy"] - mean) < 0.02
+
+
+# --- what the weights give ---
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
+def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
+    splits, recorded = splits_of(run.config.data), recorded_accuracy(run.name)
+    waves = run.config.regression  # they cost little: all of them, so only rounding may differ
+    n_episodes = recorded.n_episodes if waves else episodes_for(recorded)
+    found = evaluate_run(run.folder, replace(run.test, n_episodes=n_episodes), splits=splits)
+    for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive", "metric"):
+        assert getattr(found, field) == getattr(recorded, field)
+    # Four standard errors of a mean over so few tasks.
+    allowed = 1 / 4 if waves else 4 / 1.96 * (recorded.n_episodes / n_episodes) ** 0.5
+    again, expected, ci95 = (torch.tensor(x) for x in (found.mean, recorded.mean, recorded.ci95))
+    assert ((again - expected).abs() < allowed * ci95).all()
+
+
+def episodes_for(recorded: Evaluation) -> int:
+    """As many tasks as it takes to tell a mean from one that is `SEEN` away, within reason."""
+    deviation = torch.tensor(recorded.ci95).max().item() / 1.96 * recorded.n_episodes**0.5
+    return min(MOST_EPISODES, max(LEAST_EPISODES, round((4 * deviation / SEEN) ** 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("omniglot-fomaml-5w1s", 0.012), ("omniglot-mann-15w-stream", 0.03), ("omniglot-metanet-5w1s", 0.01)],
+)
+def test_the_last_row_of_a_history_is_validated_as_the_configuration_says(name: str, near: float) -> None:
+    """First-order MAML by its own steps, not the shorter ones of the test; MANN on longer streams than in training."""
+    run = RUNS[name]
+    learner = replace(run.config).build(1)
+    learner.load_state_dict(run.learner().state_dict())
+    sampler = splits_of(run.config.data).validation.sampler(run.config.validation_spec, seed=VALIDATION_SEED)
+    found = scores(learner, sampler, 100, stream=run.config.validation.stream).mean().item()
+    assert found == pytest.approx(run.history[-1]["validation_accuracy"], abs=near)
+
+
+# --- streams ---
+
+STREAMS = [run for run in RUNS.values() if run.test.stream]
+
+
+@pytest.mark.parametrize("run", STREAMS, ids=lambda run: run.name)
+def test_first_instances_of_a_stream_are_guessed(run: Run) -> None:
     """Who guesses among the labels not yet told is right with 1/n, 1/(n - 1), ..., 1; more is a leak."""
-    recorded = load_run(name).evaluation
+    recorded = run.evaluation
     n_way, first, ci95 = recorded["n_way"], recorded["accuracy_by_instance"][0], recorded["ci95_by_instance"][0]
     honest = sum(1 / (n_way - told) for told in range(n_way)) / n_way
     assert 1 / n_way - ci95 < first < honest
@@ -65,10 +137,9 @@ def test_first_instances_of_a_stream_are_guessed(name: str) -> None:
         assert first - ci95 < 0.37  # the paper's MANN: 36.4%
 
 
-@pytest.mark.parametrize("name", STREAMS)
-def test_a_recorded_network_never_knows_a_label_early(name: str) -> None:
+@pytest.mark.parametrize("run", STREAMS, ids=lambda run: run.name)
+def test_a_recorded_network_never_knows_a_label_early(run: Run) -> None:
     """Other labels from a picture on leave every answer up to that picture as it was, and change later ones."""
-    run = load_run(name)
     learner, n_way = run.learner(), run.config.n_way
     assert isinstance(learner, StreamLearner) and learner.labels == "one-hot"
     generator = torch.Generator().manual_seed(0)
@@ -86,8 +157,5 @@ def test_a_recorded_network_never_knows_a_label_early(name: str) -> None:
 
 
 def test_what_a_memory_adds_to_a_stream() -> None:
-    mann, lstm, none = (
-        load_run(f"omniglot-{method}-5w-stream").evaluation["accuracy_by_instance"]
-        for method in ("mann", "lstm", "feedforward")
-    )
+    mann, lstm, none = (RECORDED[f"omniglot-{method}-5w-stream"][0] for method in ("mann", "lstm", "feedforward"))
     assert all(mann[i] > lstm[i] + 0.05 > none[i] + 0.5 for i in range(1, 10))

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck
-from torch.func import functional_call
 
 from metatutor.backbones import ConvNet, Pixels
 from metatutor.episodes import Episode
@@ -75,8 +74,8 @@ def temporal_block(items: Tensor, block: TemporalConvolutions, length: int) -> T
 
 def paper(learner: SNAIL, episode: Episode) -> tuple[Tensor, list[Tensor]]:
     """Logits, and for each attention block how much each query attends to every image before it and to itself."""
-    n_way, n_attention = learner.n_way, len(learner.config.attention)
-    length = n_way * learner.config.max_shot + 1
+    n_way, n_attention = learner.n_way, len(learner.arguments["attention"])
+    length = n_way * learner.arguments["max_shot"] + 1
     logits, attention = [], [[] for _ in range(n_attention)]
     for task in range(len(episode)):
         for query_image in episode.query_images[task]:
@@ -331,22 +330,3 @@ def test_gradients_in_the_images_against_finite_differences(random_episode: Epis
 
     images = (episode.support_images.requires_grad_(), episode.query_images.requires_grad_())
     assert gradcheck(logits, images, fast_mode=True)
-
-
-def test_gradients_in_the_parameters_against_finite_differences(random_episode: Episodes):
-    learner, episode = small(attention=(3, 2)), random_episode(2)
-    parameters = {f"of.{name}": p.detach().requires_grad_() for name, p in learner.named_parameters()}
-
-    def loss(*values: Tensor) -> Tensor:
-        return functional_call(_Loss(learner), dict(zip(parameters, values, strict=True)), episode)
-
-    assert gradcheck(loss, tuple(parameters.values()), fast_mode=True)
-
-
-class _Loss(torch.nn.Module):
-    def __init__(self, of: SNAIL) -> None:
-        super().__init__()
-        self.of = of
-
-    def forward(self, episode: Episode) -> Tensor:
-        return self.of.meta_loss(episode)

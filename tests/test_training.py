@@ -403,7 +403,7 @@ def test_the_best_parameters_by_validation_are_kept(tmp_path: Path):
     assert len(seen) == 3
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in learner.state_dict().items())
     again = Line()
-    fit(again, config=replace(CONFIG, keep="best"), folder=tmp_path)
+    fit(again, config=replace(CONFIG, keep="best"), folder=tmp_path, validate=validate)
     assert same_weights(again, learner)
     last = Line()
     fit(last, validate=lambda _: 0.5)
@@ -415,7 +415,9 @@ def test_patience_ends_a_training_that_no_longer_gets_better(tmp_path: Path):
     accuracies = iter([0.5, 0.7, 0.6, 0.7, 0.9])
     history = fit(Line(), config=config, folder=tmp_path, validate=lambda _: next(accuracies))
     assert [row["iteration"] for row in history] == [2, 4, 6, 8]
-    assert fit(Line(), config=config, folder=tmp_path) == history  # and it has ended
+    assert fit(Line(), config=config, folder=tmp_path, validate=lambda _: 0.9) == history  # and it has ended
+    with pytest.raises(ValueError, match="^without `validate` no parameters are the best"):
+        fit(Line(), config=config)
 
 
 def test_a_learner_that_learns_nothing_is_not_trained():

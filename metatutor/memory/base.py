@@ -24,7 +24,7 @@ class MemoryLearner(EmbeddingLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways.
+        ValueError: if an episode has other ways.
 
     Reference:
         Santoro et al. (2016), section 2.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,32 +16,8 @@ from metatutor.memory.codes import LabelCode
 from metatutor.memory.stream import State, StreamLearner, lstm, remember
 
 
-class PlainLSTM(StreamLearner):
-    """The control with a short memory: an LSTM that has nothing but its own state.
-
-    Args:
-        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
-        n_way: classes in a task.
-        hidden_size: of the LSTM.
-        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
-        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
-        finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
-            ways.
-
-    Example:
-        >>> import torch
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> PlainLSTM(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
-        torch.Size([2, 5, 5])
-
-    Reference:
-        Santoro et al. (2016), section 4.1; Hochreiter, Younger & Conwell (2001).
-    """
+class _Control(StreamLearner):
+    """The arguments that the controls share."""
 
     def __init__(
         self,
@@ -54,6 +32,42 @@ class PlainLSTM(StreamLearner):
         check_sizes(hidden_size=hidden_size)
         super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         self.hidden_size = hidden_size
+        self.build(hidden_size)
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> None:
+        """Make the layers, from `input_size` through `hidden_size` to `code_size` numbers."""
+
+
+class PlainLSTM(_Control):
+    """The control with a short memory: an LSTM that has nothing but its own state.
+
+    Args:
+        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
+        n_way: classes in a task.
+        hidden_size: of the LSTM.
+        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
+
+    Raises:
+        ValueError: if the network normalises over several images, or an episode has other
+            ways.
+
+    Example:
+        >>> import torch
+        >>> from metatutor import Episode
+        >>> from metatutor.backbones import Pixels
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> PlainLSTM(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Santoro et al. (2016), section 4.1; Hochreiter, Younger & Conwell (2001).
+    """
+
+    def build(self, hidden_size: int) -> None:
+        """The LSTM and what is read from it."""
         self.enter = nn.Linear(self.input_size, 4 * hidden_size)
         self.recur = nn.Linear(hidden_size, 4 * hidden_size, bias=False)
         self.out = nn.Linear(hidden_size, self.code_size)
@@ -74,7 +88,7 @@ class PlainLSTM(StreamLearner):
         return (h, c), self.out(h)
 
 
-class FeedForward(StreamLearner):
+class FeedForward(_Control):
     """The control without any memory: two layers that see an image and the label of the one before.
 
     Since classes are numbered at random in every stream, there is nothing it could learn but to name another class
@@ -89,7 +103,7 @@ class FeedForward(StreamLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+        ValueError: if the network normalises over several images, or an episode has other
             ways.
 
     Example:
@@ -104,18 +118,8 @@ class FeedForward(StreamLearner):
         Santoro et al. (2016), section 4.1.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        n_way: int = 5,
-        hidden_size: int = 200,
-        labels: LabelCode = "one-hot",
-        finetune_steps: int = 0,
-        finetune_lr: float = 0.01,
-    ) -> None:
-        check_sizes(hidden_size=hidden_size)
-        super().__init__(network, n_way=n_way, labels=labels, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
+    def build(self, hidden_size: int) -> None:
+        """The two layers."""
         self.hidden = nn.Linear(self.input_size, hidden_size)
         self.out = nn.Linear(hidden_size, self.code_size)
 

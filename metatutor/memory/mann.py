@@ -72,7 +72,7 @@ class MANN(StreamLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+        ValueError: if the network normalises over several images, or an episode has other
             ways.
 
     Example:

@@ -40,7 +40,7 @@ class SNAIL(MemoryLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways.
+        ValueError: if an episode has other ways.
 
     Example:
         >>> from metatutor import ConvNet

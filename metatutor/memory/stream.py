@@ -34,7 +34,7 @@ class StreamLearner(MemoryLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an argument is out of range, the network normalises over several images, or an episode has other
+        ValueError: if the network normalises over several images, or an episode has other
             ways.
 
     Example:
@@ -63,7 +63,7 @@ class StreamLearner(MemoryLearner):
         if self.network.normalization not in ("group", "none"):
             raise ValueError(
                 f"a stream is answered image by image, but with normalization = {self.network.normalization!r} a later "
-                "image changes earlier answers; build the network with normalization='group', or take Pixels"
+                "image changes earlier answers; take ConvNet(normalization='group'), nn.GroupNorm, or Pixels"
             )
         self.labels: LabelCode = labels
         self.code_size = n_way if labels == "one-hot" else N_LETTERS * N_LETTERS

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.backbones import Backbone
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 from metatutor.learner import Loss, NetworkLearner
@@ -35,7 +36,7 @@ class AdaptingLearner(NetworkLearner):
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         Gradient descent with momentum as the inner loop; the state is the velocity.
@@ -105,11 +106,11 @@ class AdaptingLearner(NetworkLearner):
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean loss of the query images after adaptation."""
+        self.check_ways(episode)
         return self.outer_loss(episode)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """What `meta_loss` is, unless a method finds its gradient in another way."""
-        self.check_ways(episode)
         return self.query_loss(episode, self.adapt(episode))
 
     def query_loss(self, episode: Episode, parameters: Parameters) -> Float[Tensor, ""]:
@@ -125,8 +126,8 @@ class AdaptingLearner(NetworkLearner):
         return torch.stack([error.pow(2).mean((1, 2)) for error in errors], dim=1)
 
     def tasks_at_once(self, episode: Episode) -> int:
-        """On a GPU all, on a CPU as many as fit its cache and memory."""
-        return tasks_that_fit(episode, self.network)
+        """On a GPU all, on a CPU as many as fit its cache and memory; one where they cannot go side by side."""
+        return tasks_that_fit(episode, self.network) if self.each_task.side_by_side else 1
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer loop changes, by name."""
@@ -165,6 +166,8 @@ class AdaptingLearner(NetworkLearner):
     def initial_parameters(self, n_tasks: int) -> Parameters:
         """What every task starts from, `[task, ...]` by name; parameters that do not require gradients are left out."""
         initial = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        if not initial:
+            raise ValueError(f"{self._network_name()} has no parameter that could adapt; unfreeze some")
         if self.fixed_head:
             initial |= {n: initial[n].detach() for n in self.head_names()}
         return {n: p.expand(n_tasks, *p.shape) for n, p in initial.items()}
@@ -173,16 +176,20 @@ class AdaptingLearner(NetworkLearner):
         """The names of the last layer's parameters in the network.
 
         Raises:
-            ValueError: if the network has no last layer, or it is not known.
+            ValueError: if the network has no last layer, it is not known, or frozen.
         """
-        prefix = self.network.head_prefix
-        names = [n for n, p in self.network.named_parameters() if prefix and n.startswith(prefix) and p.requires_grad]
+        prefix, every = self.network.head_prefix, self.network.named_parameters(remove_duplicate=False)
+        of_head = {p for n, p in every if prefix and n.startswith(prefix)}  # which may be tied to others
+        names = [n for n, p in self.network.named_parameters() if p in of_head and p.requires_grad]
         if not names:
             raise ValueError(
-                f"{type(self.network).__name__} has no last layer that could adapt; say which it is with "
+                f"{self._network_name()} has no last layer that could adapt; say which it is with "
                 "backbone(network, head=the name of a layer)"
             )
         return names
+
+    def _network_name(self) -> str:
+        return type(self.network.module if isinstance(self.network, Backbone) else self.network).__name__
 
     def support_gradients(
         self, parameters: Parameters, episode: Episode, *, moving: list[str] | None = None, create_graph: bool = False
@@ -218,9 +225,12 @@ class AdaptingLearner(NetworkLearner):
             return
         if episode.support_labels.is_floating_point():
             raise ValueError(f"the network has {self.ways} outputs but targets are of {episode.n_way} numbers each")
+        instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
+        if isinstance(self.network, Backbone):
+            instead = "give one of as many, or say which layer is its last with backbone(network, head=its name)"
         raise ValueError(
             f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
-            f"one head, so build ConvNet(n_outputs={episode.n_way}) and train it"
+            f"one head, so {instead}"
         )
 
 
@@ -228,3 +238,9 @@ def check_rate(inner_lr: float) -> None:
     """Raise a `ValueError` if a learning rate is not positive."""
     if not inner_lr > 0:
         raise ValueError(f"inner_lr must be positive, got {inner_lr}")
+
+
+def check_loss(learner: AdaptingLearner) -> None:
+    """Raise a `ValueError` if the loss has parameters that the outer loop would not learn."""
+    if not all(name.startswith("network.") for name in learner.meta_parameters()):
+        raise ValueError(f"{type(learner).__name__} learns parameters of the network only; freeze those of the loss")

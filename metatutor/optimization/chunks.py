@@ -52,6 +52,9 @@ class Compiled:
     Args:
         function: of tensors, returning tensors.
 
+    Raises:
+        ValueError: when called, if it cannot be traced or compiled.
+
     Reference:
         Ansel et al. (2024), PyTorch 2.
     """
@@ -64,7 +67,15 @@ class Compiled:
         from torch.fx.experimental.proxy_tensor import make_fx  # slow to import, and rarely needed
 
         shapes = tuple((t.shape, t.dtype, t.device) for t in tensors)
-        if shapes not in self.compiled:
-            self.compiled[shapes] = torch.compile(make_fx(self.function)(*tensors))
-        with torch.no_grad():
-            return self.compiled[shapes](*tensors)
+        if shapes in self.compiled:
+            with torch.no_grad():
+                return self.compiled[shapes](*tensors)
+        try:
+            compiled = torch.compile(make_fx(self.function)(*tensors))
+            with torch.no_grad():
+                outputs = compiled(*tensors)  # compiles
+        except (RuntimeError, TypeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ValueError(f"this network cannot be compiled ({reason}); leave compiled out") from error
+        self.compiled[shapes] = compiled
+        return outputs

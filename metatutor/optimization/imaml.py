@@ -20,7 +20,7 @@ from metatutor.functional import (
     with_gradient,
 )
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_rate
+from metatutor.optimization.base import AdaptingLearner, check_loss, check_rate
 
 
 class ImplicitMAML(AdaptingLearner):
@@ -52,7 +52,7 @@ class ImplicitMAML(AdaptingLearner):
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -97,6 +97,7 @@ class ImplicitMAML(AdaptingLearner):
             loss=loss,
             inner_loss=inner_loss,
         )
+        check_loss(self)
         self.inner_lr, self.proximity, self.cg_steps, self.cg_damping = inner_lr, proximity, cg_steps, cg_damping
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
@@ -107,7 +108,8 @@ class ImplicitMAML(AdaptingLearner):
         tried = {n: p - like(rates, p) * pulls[n] for n, p in parameters.items()}
         before = losses + self.stretch(parameters, initial)
         rounding = 100 * torch.finfo(before.dtype).eps * before.abs()
-        down = self.support_losses(episode, tried) + self.stretch(tried, initial) <= before + rounding
+        after = self.support_losses(episode, tried, self.inner_loss) + self.stretch(tried, initial)
+        down = after <= before + rounding
         moved = {n: torch.where(like(down, p), tried[n], p) for n, p in parameters.items()}
         return moved, (initial, torch.where(down, rates, rates / 2))
 

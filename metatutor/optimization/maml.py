@@ -6,11 +6,13 @@ every parameter), and of MAML++ the learned rates of every layer and step, and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, call_method, gradients_of, leaves, with_gradient
@@ -45,14 +47,15 @@ class MAML(AdaptingLearner):
             same. First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
             its gradient is due, for the time of one more pass each. On a CPU, fewer tasks go side by side the more
-            steps there are, so that memory does not grow with them.
+            steps there are, so that memory does not grow with them. Not for networks with dropout, which is not the
+            same again.
         compiled: whether `meta_loss` is compiled in training, which takes a minute or more at the first call. This and
             `recompute` are a matter of speed and memory, not of the result.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -112,15 +115,17 @@ class MAML(AdaptingLearner):
         self.exact_gradient = not first_order
         if adapt == "head":
             self.moving = self.head_names()
+        if recompute and any(map(_drops_out, self.modules())):
+            raise ValueError("a step computed again would have another dropout; leave recompute out, or the dropout")
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))
         self._compiled = Compiled(self._gradient_of_tensors) if compiled else None
 
     def tasks_at_once(self, episode: Episode) -> int:
-        """On a GPU all, on a CPU as many as fit; `recompute` keeps parameters of every step."""
+        """As many as fit, though `recompute` keeps parameters of every step."""
         kept = self.inner_steps if self.recompute and self.training else 0
-        return tasks_that_fit(episode, self.network, kept)
+        return min(super().tasks_at_once(episode), tasks_that_fit(episode, self.network, kept))
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Mean loss of the query images after adaptation, or a weighted mean over the steps of it."""
@@ -128,7 +133,8 @@ class MAML(AdaptingLearner):
         if torch.is_grad_enabled() and self.training and self._compiled is not None:
             return self._compiled_loss(self._compiled, episode)
         if torch.is_grad_enabled() and self.recompute:
-            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode)))
+            wanted: Parameters = dict(self.meta_parameters())
+            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode), wanted))
         return self.outer_loss(episode)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
@@ -144,9 +150,9 @@ class MAML(AdaptingLearner):
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of gradient descent on the support loss."""
         second_order = torch.is_grad_enabled() and not self.first_order
-        _, gradients = self.support_gradients(parameters, episode, moving=self.moving, create_graph=second_order)
-        moves = zip(self.moving, self._rates(step), strict=True)
-        return parameters | {n: parameters[n] - rate * gradients[n] for n, rate in moves}, state
+        rates = {n: rate for n, rate in zip(self.moving, self._rates(step), strict=True) if n in parameters}
+        _, gradients = self.support_gradients(parameters, episode, moving=list(rates), create_graph=second_order)
+        return parameters | {n: parameters[n] - rate * gradients[n] for n, rate in rates.items()}, state
 
     # --- learned step sizes ---
 
@@ -185,35 +191,35 @@ class MAML(AdaptingLearner):
     # --- the meta-gradient, one step at a time ---
 
     def _recomputed_gradient(
-        self, episode: Episode, weights: Tensor | None
+        self, episode: Episode, weights: Tensor | None, wanted: Parameters
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Loss, meta-parameters and gradients, by the chain rule from the last step to the first."""
+        """Loss, wanted meta-parameters and gradients, by the chain rule from the last step to the first."""
         with torch.no_grad():
             path = self.adaptation_path(episode)
-        n_steps, rates = len(path) - 1, list(self.rates)
+        n_steps = len(path) - 1
+        others = {n: p for n, p in wanted.items() if not n.startswith("network.")}  # rates, or those of a loss
         of_path = {n: torch.zeros_like(p) for n, p in path[-1].items()}  # d loss / d parameters after this step
-        of_rates = [torch.zeros_like(rate) for rate in rates]
+        of_others = {n: torch.zeros_like(p) for n, p in others.items()}
         total = torch.zeros((), dtype=episode.query_images.dtype, device=episode.query_images.device)
         for step in range(n_steps, -1, -1):
             here = leaves(path[step])
             if step == n_steps or (weights is not None and step > 0):
                 weight = 1 if weights is None else weights[step - 1]
                 loss = weight * self.query_loss(episode, here)
-                gradients = gradients_of(loss, list(here.values()))
-                of_path = {n: v + g for (n, v), g in zip(of_path.items(), gradients, strict=True)}
+                gradients = gradients_of(loss, [*here.values(), *others.values()])
+                of_path = _added(of_path, gradients[: len(here)])
+                of_others = _added(of_others, gradients[len(here) :])
                 total = total + loss.detach()
             if step > 0:
                 before = leaves(path[step - 1])
                 after, _ = self.inner_step(before, None, episode, step - 1)
-                inputs, pulls = [*before.values(), *rates], [of_path[n] for n in after]
+                inputs, pulls = [*before.values(), *others.values()], [of_path[n] for n in after]
                 gradients = torch.autograd.grad(
                     list(after.values()), inputs, pulls, allow_unused=True, materialize_grads=True
                 )
                 of_path = dict(zip(before, gradients, strict=False))
-                of_rates = [v + g for v, g in zip(of_rates, gradients[len(before) :], strict=True)]
-        found = {f"network.{n}": g.sum(0) for n, g in of_path.items()}
-        found |= {f"rates.{i}": g for i, g in enumerate(of_rates)}
-        wanted = self.meta_parameters()
+                of_others = _added(of_others, gradients[len(before) :])
+        found = of_others | {f"network.{n}": g.sum(0) for n, g in of_path.items()}
         return total, list(wanted.values()), [found[name] for name in wanted]
 
     # --- the meta-gradient, compiled ---
@@ -235,7 +241,16 @@ class MAML(AdaptingLearner):
         given = weights if len(weights) else None
         with torch.enable_grad():
             if self.recompute:
-                loss, _, gradients = call_method(self, own, self._recomputed_gradient, episode, given)
+                loss, _, gradients = call_method(self, own, self._recomputed_gradient, episode, given, own)
                 return [loss, *gradients]
             loss = call_method(self, own, self._weighted_loss, episode, given)
             return [loss, *gradients_of(loss, list(own.values()))]
+
+
+def _added(sums: Parameters, terms: Sequence[Tensor]) -> Parameters:
+    return {name: value + term for (name, value), term in zip(sums.items(), terms, strict=True)}
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    p = layer.p if isinstance(layer, _DropoutNd) else getattr(layer, "dropout", 0.0)
+    return isinstance(p, int | float) and p > 0

@@ -40,7 +40,7 @@ class MetaLSTM(AdaptingLearner):
         inner_loss: what the inner loop descends, if that is another.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, flatten_tasks, unflatten_tasks
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_rate
+from metatutor.optimization.base import AdaptingLearner, check_loss, check_rate
 
 _BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from dividing by zero
 
@@ -44,7 +44,7 @@ class Reptile(AdaptingLearner):
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
     Raises:
-        ValueError: if an argument is out of range, or an episode has other ways than the network has outputs.
+        ValueError: if an episode has other ways than the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -78,8 +78,9 @@ class Reptile(AdaptingLearner):
         super().__init__(
             network, inner_steps=inner_steps, test_inner_steps=test_inner_steps, fixed_head=fixed_head, loss=loss
         )
+        check_loss(self)
         self.inner_lr, self.shots_per_step = inner_lr, shots_per_step
-        flat = flatten_tasks(self.initial_parameters(1).values())[0].detach()
+        flat = torch.cat([p.detach().flatten() for p in self.network.parameters()])
         self.register_buffer("squares", torch.zeros_like(flat))
         self.register_buffer("filled", flat.new_zeros(()))
         self._left: list[tuple[int, Tensor, Tensor]] = []  # by the tasks since the last outer step
@@ -92,7 +93,8 @@ class Reptile(AdaptingLearner):
             for step in range(self.inner_steps):
                 parameters, state = self.inner_step(parameters, state, episode, step)
         if state is not None and self.training and torch.is_grad_enabled():
-            self._left.append((len(episode), flatten_tasks(state[0].values()).mean(0), state[1]))
+            left = self._of_tasks_before() | {n: squares.mean(0, keepdim=True) for n, squares in state[0].items()}
+            self._left.append((len(episode), flatten_tasks(left.values())[0], state[1]))
         distances = [(p - parameters[n]).pow(2).sum() for n, p in initial.items()]
         return torch.stack(distances).sum() / (2 * len(episode))
 
@@ -117,8 +119,12 @@ class Reptile(AdaptingLearner):
 
     def _initial_state(self, parameters: Parameters) -> tuple[Parameters, Tensor]:
         """Where the tasks before left Adam."""
-        n_tasks = len(next(iter(parameters.values())))
-        return unflatten_tasks(self.squares.expand(n_tasks, -1), parameters), self.filled
+        squares = self._of_tasks_before()
+        return {n: squares[n].expand_as(p) for n, p in parameters.items()}, self.filled
+
+    def _of_tasks_before(self) -> Parameters:
+        """The mean squared gradients that the tasks before left, `[1, ...]` by name, frozen parameters included."""
+        return unflatten_tasks(self.squares[None], {n: p[None] for n, p in self.network.named_parameters()})
 
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
         """In training, the next shots of every class; after the last one, the first."""
