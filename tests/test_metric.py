@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metatutor import ConvNet, Episode, EpisodeSpec, Matching, Prototypical, Relation, Siamese, TrainConfig, train
 from metatutor.backbones import Normalization
 from metatutor.embedding import EmbeddingLearner
+from metatutor.testing import check_learner
 from tests.tasks import Always, close
 
 METHODS: dict[str, Callable[..., EmbeddingLearner]] = {
@@ -188,6 +189,11 @@ def test_renaming_the_classes_renames_the_logits(name: str):
     method, task = learner(name), episode()
     renamed = replace(task, support_labels=(task.support_labels + 1) % 3)
     assert close(method(renamed), method(task).roll(1, dims=-1))
+
+
+@pytest.mark.parametrize("name", ["prototypical, euclidean", "prototypical, cosine", "relation, cross-entropy"])
+def test_variants_keep_the_contract_too(name: str):
+    check_learner(learner(name))
 
 
 @every_method

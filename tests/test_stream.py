@@ -18,6 +18,7 @@ from metatutor.memory import MANN, FeedForward, PlainLSTM
 from metatutor.memory import stream as stream_module
 from metatutor.memory.codes import Codes, strings
 from metatutor.memory.stream import StreamLearner, instances, shift_labels
+from metatutor.testing import check_learner
 from metatutor.training import TrainConfig, train
 from tests.streams import METHODS, inputs_by_hand, learner, linear, mann, noise, small_mann, stream, vivid
 from tests.tasks import close
@@ -98,6 +99,11 @@ def test_a_query_is_what_one_more_image_of_the_stream_would_be(name: str, same_s
 def test_the_labels_that_were_told_matter(name: str):
     method, task = learner(name), stream()
     assert not close(method(replace(task, support_labels=(task.support_labels + 1) % 3)), method(task))
+
+
+@pytest.mark.parametrize("name", ["mann, as in the paper", "feed-forward, letters"])
+def test_variants_keep_the_contract_too(name: str):
+    check_learner(METHODS[name](Pixels(3), n_way=3), image_shape=(1, 8, 8))
 
 
 @every_method
