@@ -58,13 +58,6 @@ class TrainConfig:
             validation accuracy was `"best"`.
         patience: rows of history without a better validation accuracy after which training ends early; None: never.
 
-    Raises:
-        ValueError: if a number is out of range.
-
-    Example:
-        >>> TrainConfig(iterations=1000).outer_lr
-        0.003
-
     Reference:
         Kingma & Ba (2015), Adam; cosine decay: Loshchilov & Hutter (2017).
     """
@@ -134,12 +127,13 @@ def train(
     device: str | None = None,
     progress_bar: bool = True,
 ) -> list[Row]:
-    """Minimise `learner.meta_loss` over tasks drawn from classes.
+    """Minimise `learner.meta_loss` over tasks drawn from classes; returns the history, rows of `HISTORY_FIELDS`.
 
     Several processes (`accelerate launch`, `torchrun`) split the tasks of each step among them and average their
     gradients. With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last
     checkpoint stood: on CPU it ends bit for bit as if it had never stopped. More iterations than at first may then be
-    asked for. The learner is left in evaluation mode.
+    asked for. The learner is left in evaluation mode. The first loss that is not finite is a TrainingDivergedError;
+    Ctrl-C and SIGTERM are a KeyboardInterrupt, after a checkpoint was written.
 
     Args:
         learner: what to train, in place.
@@ -155,15 +149,6 @@ def train(
         log_with: a tracker of accelerate, such as `"tensorboard"`, which writes to `folder`.
         device: any that PyTorch knows, such as `"cpu"`, `"cuda:1"` or `"mps"`; default: what accelerate finds.
         progress_bar: whether to show one.
-
-    Returns:
-        The history: one dict a row, with the keys `HISTORY_FIELDS`.
-
-    Raises:
-        TrainingDivergedError: at the first loss that is not finite.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
-        ValueError: if the learner learns nothing, the classes are too few, the device is absent, or the checkpoint in
-            `folder` is of another learner or configuration.
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes
@@ -247,14 +232,7 @@ def accumulate(
     at_once: int | None = None,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> Float[Tensor, ""]:
-    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have.
-
-    Args:
-        learner: in training mode.
-        episode: a batch of tasks.
-        at_once: tasks computed side by side; default: as the learner likes.
-        backward: what is called with the loss of each part.
-    """
+    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have."""
     total = torch.zeros((), device=episode.query_images.device)
     for part in learner.chunks(episode, at_once):
         loss = learner.meta_loss(part) * (len(part) / len(episode))
@@ -434,11 +412,7 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 
 def check_device(device: str | None) -> torch.device | None:
-    """The device of a name.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """The device of a name; a ValueError if there is no such device."""
     if device is None:
         return None
     try:
