@@ -22,15 +22,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 class Described:
-    """Keeps the arguments that it was made with, by name, so that they stand once: in the constructor.
-
-    Attributes:
-        arguments: of the constructor, defaults included; without networks and functions, which are not data.
-
-    Example:
-        >>> MLP(hidden=(20,)).arguments
-        {'n_inputs': 1, 'n_outputs': 1, 'hidden': (20,)}
-    """
+    """Keeps in `arguments` what it was made with, defaults included; without networks and functions."""
 
     arguments: dict[str, Any]
 
@@ -187,9 +179,6 @@ class ConvNet(Embedding):
             layer that tells number 0 from number 1 can only mislead; MAML trains faster from one that does not.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
-
-    Raises:
-        ValueError: if a size is not positive, an option is unknown, or the image is too small for the blocks.
 
     Example:
         >>> network = ConvNet(n_outputs=5)
@@ -371,9 +360,6 @@ def backbone(
         image_shape: channels, height and width, from which the lengths of embeddings and feature maps are found where
             nothing else tells them.
 
-    Raises:
-        ValueError: if a layer of that name is missing.
-
     Example:
         >>> network = backbone(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 5)))
         >>> network.head_prefix, network.n_outputs, network.embedding_size
@@ -385,12 +371,7 @@ def backbone(
 
 
 class Backbone(Embedding):
-    """Anybody's module as a network; see `backbone`.
-
-    Args:
-        network: the module.
-        head, features, image_shape: see `backbone`.
-    """
+    """Anybody's module as a network; see `backbone`."""
 
     def __init__(
         self,
@@ -469,11 +450,7 @@ def _policy(network: nn.Module) -> str:
 
 
 def embedding_size(network: Embedding, method: str) -> int:
-    """The length of a network's embeddings.
-
-    Raises:
-        ValueError: if it is not known.
-    """
+    """The length of a network's embeddings; a ValueError if it is not known."""
     if network.embedding_size is None:
         raise ValueError(
             f"{method} must know the length of an embedding, which {_name(network)} does not tell; give it "
