@@ -23,9 +23,6 @@ class MemoryLearner(EmbeddingLearner):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
-    Raises:
-        ValueError: if an episode has other ways.
-
     Reference:
         Santoro et al. (2016), section 2.
     """

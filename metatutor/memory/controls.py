@@ -50,10 +50,6 @@ class PlainLSTM(_Control):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
-
     Example:
         >>> import torch
         >>> from metatutor import Episode
@@ -101,10 +97,6 @@ class FeedForward(_Control):
         labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
 
     Example:
         >>> import torch
