@@ -85,15 +85,12 @@ class Pixels(Embedding):
     """No network: the pixels of a smaller copy of the image, in a row.
 
     Args:
-        size: height and width of the copy in pixels.
+        size: height and width of the copy in pixels; 20 in Santoro et al. (2016), section 4.1.
         in_channels: channels of the images.
 
     Example:
         >>> Pixels(20)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 400])
-
-    Reference:
-        Santoro et al. (2016), section 4.1: characters of 20×20 pixels.
     """
 
     def __init__(self, size: int = 20, *, in_channels: int = 1) -> None:
@@ -120,14 +117,11 @@ class MLP(Embedding):
     Args:
         n_inputs: numbers that go in.
         n_outputs: numbers that come out.
-        hidden: widths of the layers between.
+        hidden: widths of the layers between; two of 40 for the sinusoids of Finn et al. (2017), section 5.1.
 
     Example:
         >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
         torch.Size([10, 1])
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1: two hidden layers of 40 for sinusoids.
     """
 
     def __init__(self, n_inputs: int = 1, n_outputs: int = 1, *, hidden: Sequence[int] = (40, 40)) -> None:
@@ -261,10 +255,7 @@ class ConvNet(Embedding):
     def forward(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n output"]:
-        """Logits of `n` images, or their embeddings if there is no last layer.
-
-        The first `n_support` images (default: all) are the support set of the normalisation.
-        """
+        """Logits, or embeddings without a last layer; the first `n_support` images (default: all) are support."""
         return self.head(self.embed(images, n_support))
 
 

@@ -24,9 +24,6 @@ class EpisodeSpec:
         n_way: classes in a task, at least 1.
         k_shot: labelled (support) images of each class, at least 1.
         n_query: images of each class to classify (query), at least 1.
-
-    Reference:
-        Vinyals et al. (2016), Matching Networks for One Shot Learning, section 4.1.
     """
 
     n_way: int = 5
@@ -147,7 +144,7 @@ class Episode:
         (2, 1)
 
     Reference:
-        Vinyals et al. (2016), section 4.1.
+        Vinyals et al. (2016), Matching Networks for One Shot Learning, section 4.1.
     """
 
     support_images: Float[Tensor, "task support *image"]
@@ -220,9 +217,6 @@ class EpisodeSampler:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
         >>> EpisodeSampler(classes, EpisodeSpec(5, 1, 15), seed=0).sample(4).query_images.shape
         torch.Size([4, 75, 1, 28, 28])
-
-    Reference:
-        Vinyals et al. (2016), section 4.1.
     """
 
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:

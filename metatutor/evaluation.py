@@ -180,7 +180,7 @@ def evaluate(
 
 @torch.no_grad()
 def is_transductive(learner: Learner, episode: Episode) -> bool:
-    """Whether a learner's answers for an episode's first query image change when its other query images do."""
+    """Whether a learner's answers for the first query image of an episode's first task change when the others do."""
     task = episode.task(0)
     task = task.to(next((p.device for p in learner.parameters()), task.query_images.device))
     others = task.query_images.clone()

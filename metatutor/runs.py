@@ -279,10 +279,7 @@ def evaluate_run(
 def reproduce(
     source: Path, folder: Path, *, data: Path | str | None = None, device: str | None = None, progress_bar: bool = True
 ) -> list[tuple[str, Evaluation, Evaluation | None]]:
-    """Train a recorded run again, from its `config.json` alone, into another folder, and evaluate it as it was.
-
-    Returns the name of every evaluation, what it came to now, and what was recorded.
-    """
+    """Train a run again, from its `config.json` alone; each evaluation's name, outcome now, and recorded outcome."""
     config, records = load_config(source), read_evaluations(source)["evaluations"]
     tests = [parse_test(record) for record in records] or [TestConfig(folder.name)]
     found = run_training(config, folder, tests, data=data, device=device, progress_bar=progress_bar)

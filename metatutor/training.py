@@ -45,21 +45,18 @@ class TrainConfig:
         tasks_per_step: tasks whose mean loss makes one step (meta-batch size), over all processes together.
         outer_lr: peak learning rate of the outer optimizer.
         warmup: iterations of linear rise to `outer_lr`.
-        schedule: what follows the warm-up: `"cosine"` decay to zero, or `"constant"`.
+        schedule: what follows the warm-up: `"cosine"` decay to zero (Loshchilov & Hutter, 2017), or `"constant"`.
         clip_norm: the gradient is scaled down to this norm where it is longer; None: never.
         log_every: iterations between two rows of history, each with an accuracy in training and validation.
         checkpoint_every: iterations between two checkpoints.
         seed: of the stream of training tasks, and of dropout. `metatutor train` draws the initial parameters from it
             too; in Python they are drawn before `train` sees the learner, from `torch.manual_seed`.
-        optimizer: the outer one: `"adam"`, `"adamw"` or plain gradient descent, `"sgd"`.
+        optimizer: the outer one: `"adam"` (Kingma & Ba, 2015), `"adamw"` or plain gradient descent, `"sgd"`.
         weight_decay: of the outer optimizer.
         tasks_at_once: tasks computed side by side, a matter of memory and speed; default: as the learner likes.
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
         patience: rows of history without a better validation accuracy after which training ends early; None: never.
-
-    Reference:
-        Kingma & Ba (2015), Adam; cosine decay: Loshchilov & Hutter (2017).
     """
 
     iterations: int = 2000

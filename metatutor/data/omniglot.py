@@ -481,10 +481,7 @@ def _intact(source: Path, part: _Part) -> Path:
 
 
 def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -> Verification:
-    """Compare every drawing in `root`, else METATUTOR_DATA, else the user's cache folder, with the published ones.
-
-    Lake's one-shot runs are compared too if they are there.
-    """
+    """Compare every drawing of a copy with the published ones, also of Lake's one-shot runs if they are there."""
     sources = [_intact(_locate(root, part, download=False), part) for part in parts]
     return Verification((*sources, *_intact_runs(root)), sum(part.folders for part in parts))
 

@@ -1,4 +1,4 @@
-"""The regression tasks of the MAML paper: a task is a sine wave, of which a few points are known."""
+"""The regression tasks of Finn, Abbeel & Levine (2017), section 5.1: a sine wave, of which a few points are known."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ class Sinusoids:
     Example:
         >>> Sinusoids().sampler(EpisodeSpec(n_way=1, k_shot=10, n_query=10)).sample(4).support_images.shape
         torch.Size([4, 10, 1])
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1.
     """
 
     amplitude: tuple[float, float] = (0.1, 5.0)

@@ -1,7 +1,4 @@
-"""Two controls that have no memory to write: what a memory is worth is what it adds to them.
-
-`PlainLSTM` remembers in its own state, `FeedForward` not at all.
-"""
+"""Two controls that have no memory to write: what a memory is worth is what it adds to them."""
 
 from __future__ import annotations
 

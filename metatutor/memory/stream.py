@@ -25,13 +25,8 @@ class StreamLearner(MemoryLearner):
     begins anew with every stream. `meta_loss` is the mean loss over the support set as a stream; `answer`
     asks each query image of the state that the stream has left, with the label of the last support image.
 
-    Args:
-        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
-        n_way: classes in a task.
-        labels: how a label is written: `"one-hot"`, or `"letters"`, a random string of five letters out of five for
-            each class of each task, which takes any number of classes.
-        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
-        finetune_lr: learning rate of fine-tuning.
+    Labels are written `"one-hot"`, or as `"letters"`, a random string of five letters out of five for each class of a
+    task, which takes any number of classes. The network embeds each image by itself, as `Pixels` does.
 
     Reference:
         Santoro et al. (2016), section 2.2 and figure 1; strings of letters: section 4.1.2.
