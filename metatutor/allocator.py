@@ -35,21 +35,7 @@ _SMALL = 50_000  # parameters: Conv-4 has 29,000 with 32 filters, 113,000 with 6
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Ask glibc to keep freed blocks of up to 1 GiB instead of returning them to the kernel.
-
-    Args:
-        keep: False restores glibc's initial limits of 128 KiB and gives idle memory back.
-
-    Returns:
-        Whether anything was set: only on Linux with glibc.
-
-    Example:
-        >>> keep_freed_memory() == keep_freed_memory(False)
-        True
-
-    Reference:
-        mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD.
-    """
+    """Ask glibc to keep freed blocks of up to 1 GiB (mallopt(3)), or to give them back again; False if it cannot."""
     libc = _glibc()
     if libc is None:
         return False
@@ -74,18 +60,7 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def peak_memory_mib() -> int:
-    """The most memory the process has held so far: on the GPU if one was used, else resident.
-
-    Returns:
-        In MiB.
-
-    Example:
-        >>> peak_memory_mib() > 10
-        True
-
-    Reference:
-        proc(5), VmHWM; getrusage(2); GetProcessMemoryInfo, PeakWorkingSetSize.
-    """
+    """The most memory, in MiB, the process has held so far: on the GPU if one was used, else resident."""
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return round(torch.cuda.max_memory_allocated() / 2**20)
@@ -109,18 +84,7 @@ def _peak_resident_bytes() -> int:
 
 
 def let_threads_sleep() -> bool:
-    """Have OpenMP's waiting threads sleep instead of spin, unless the environment says how they wait.
-
-    Returns:
-        Whether it has any effect: not after torch was imported, which is when OpenMP reads the environment.
-
-    Example:
-        >>> let_threads_sleep()  # too late: metatutor has imported torch
-        False
-
-    Reference:
-        OpenMP 5.2, section 21.6 (OMP_WAIT_POLICY); GNU libgomp manual (GOMP_SPINCOUNT).
-    """
+    """Have OpenMP's waiting threads sleep, unless the environment says how they wait; False where it has no effect."""
     if "torch" in sys.modules or _ASLEEP.keys() & os.environ.keys():
         return False
     os.environ.update(_ASLEEP)
@@ -128,15 +92,7 @@ def let_threads_sleep() -> bool:
 
 
 def usable_cpus() -> int:
-    """How many CPUs the process may use: those it is bound to, and no more than its container's quota.
-
-    Example:
-        >>> 1 <= usable_cpus() <= os.cpu_count()
-        True
-
-    Reference:
-        sched_getaffinity(2); cgroups(7): cpu.max of version 2, cpu.cfs_quota_us of version 1.
-    """
+    """How many CPUs the process may use: those it is bound to, and no more than its container's quota."""
     return max(1, int(min(_bound_cpus(), _quota(Path("/")))))
 
 
@@ -146,33 +102,13 @@ def threads_for(n_parameters: int) -> int:
     On two quiet cores a second thread makes steps of Conv-4 with up to 32 filters slower more often than quicker, and
     those with 64 up to 1.5 times as quick; on busy ones it costs. Where OMP_NUM_THREADS is set, small networks take
     that many too.
-
-    Args:
-        n_parameters: of the network.
-
-    Example:
-        >>> threads_for(113_000) == usable_cpus()
-        True
-
-    Reference:
-        Measured, `benchmarks/threads.py`.
     """
     return 1 if n_parameters < _SMALL and "OMP_NUM_THREADS" not in os.environ else usable_cpus()
 
 
 @contextmanager
 def limited_threads(most: int) -> Iterator[None]:
-    """Within the block torch takes no more threads than `most`; fewer, if it was told so before.
-
-    Args:
-        most: how many.
-
-    Example:
-        >>> import torch
-        >>> with limited_threads(1):
-        ...     torch.get_num_threads()
-        1
-    """
+    """Within the block torch takes no more threads than `most`; fewer, if it was told so before."""
     import torch
 
     before = torch.get_num_threads()

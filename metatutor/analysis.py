@@ -35,41 +35,17 @@ class Adapting(Protocol):
 
 @dataclass(frozen=True)
 class Movement:
-    """What adaptation did to each layer, on each task of an episode.
-
-    Args:
-        change: layer to the relative change of its parameters, 0 if they stayed.
-        similarity: layer to the linear CKA of its outputs for the query images before and after, 1 if they mean
-            the same.
-
-    Example:
-        >>> from metatutor import MAML, ConvNet
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> moved = what_moved(MAML(ConvNet(n_outputs=5, filters=8)), Episode(images, labels, images, labels, n_way=5))
-        >>> list(moved.change), moved.change["conv 1"].shape
-        (['conv 1', 'conv 2', 'conv 3', 'conv 4', 'linear 1'], torch.Size([2]))
-
-    Reference:
-        Raghu et al. (2020), section 3.
-    """
+    """What adaptation did to each layer: relative change, 0 if it stayed; linear CKA, 1 if it means the same."""
 
     change: dict[str, Float[Tensor, " task"]]
     similarity: dict[str, Float[Tensor, " task"]]
 
 
 def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = None) -> Movement:
-    """Adapt to every task of an episode and compare each layer with what it was.
+    """Adapt to every task, then compare each layer with what it was: its parameters, its outputs for the query images.
 
-    Args:
-        learner: its initial parameters are "before".
-        episode: the support sets adapt, the query images are what outputs are compared on.
-        inner_steps: steps of adaptation; default: those of the learner's mode.
-
-    Returns:
-        Relative change and linear CKA, by layer and task.
-
-    Reference:
-        Raghu et al. (2020), section 3.2, with linear CKA in place of CCA.
+    As Raghu et al. (2020), section 3.2, do, with linear CKA in place of CCA; `inner_steps` are those of the learner's
+    mode, unless given.
     """
     with torch.no_grad():
         path = learner.adaptation_path(episode, inner_steps)
@@ -86,13 +62,7 @@ def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = No
 
 
 def layers(network: Network) -> dict[str, str]:
-    """The layers of a network: the prefix of their parameters' names to a name for readers.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> list(layers(ConvNet(n_outputs=5, filters=8, n_blocks=2, hidden=(16,))).items())[1:]
-        [('blocks.1', 'conv 2'), ('hidden.0', 'linear 1'), ('head', 'linear 2')]
-    """
+    """The layers of a network: the prefix of their parameters' names to a name for readers, such as `conv 2`."""
     prefixes = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters())
     counts: Counter[str] = Counter()
     names = {}
@@ -110,18 +80,7 @@ def _kind(layer: nn.Module) -> str:
 
 
 def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:
-    """How far a layer's parameters moved, measured in their own length: `‖after - before‖ / ‖before‖`.
-
-    Args:
-        before: name to parameter, `[task, ...]`.
-        after: the same names, the same shapes.
-        prefix: the layer; all parameters whose names begin with it count as one vector.
-
-    Returns:
-        One number a task.
-
-    Raises:
-        ValueError: if no parameter has that prefix.
+    """How far the parameters whose names begin with a prefix moved, in their own length: `‖after - before‖ / ‖before‖`.
 
     Example:
         >>> before = {"head.weight": torch.tensor([[3.0, 0.0]]), "head.bias": torch.tensor([[4.0]])}
@@ -139,27 +98,14 @@ def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float
 def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Float[Tensor, ""]:
     """Linear centred kernel alignment: how alike two sets of features of the same `n` images are, from 0 to 1.
 
-    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)`, with the columns of `X` and `Y` centred. Turning, reflecting or scaling the
-    features as a whole changes nothing. Computed from the `n × n` products `X Xᵀ` and `Y Yᵀ`, since images are
-    fewer than features.
-
-    Args:
-        first: features of the images.
-        second: other features of the same images.
-
-    Returns:
-        1 if the features are the same up to rotation and scale.
-
-    Raises:
-        ValueError: if one of the two is the same for all images.
+    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)`, with the columns of `X` and `Y` centred: Kornblith et al. (2019), equation 3. Turning,
+    reflecting or scaling the features as a whole changes nothing. Computed from the `n × n` products `X Xᵀ` and `Y Yᵀ`,
+    since images are fewer than features.
 
     Example:
         >>> features = torch.eye(3)
         >>> linear_cka(features, -2 * features).item()
         1.0
-
-    Reference:
-        Kornblith et al. (2019), equation 3 with linear kernels.
     """
     grams = []
     for features in (first, second):
@@ -174,23 +120,7 @@ def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Flo
 def query_outputs(
     network: Network, parameters: Parameters, episode: Episode
 ) -> dict[str, Float[Tensor, "query feature"]]:
-    """What each layer makes of the query images of one task, normalised as the network's policy says.
-
-    Args:
-        network: the architecture.
-        parameters: of that task, without a task axis.
-        episode: one task.
-
-    Returns:
-        Layer (as in `layers`) to its output, flattened.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> network, images = ConvNet(n_outputs=5, filters=8), torch.rand(1, 5, 1, 28, 28)
-        >>> episode = Episode(images, torch.arange(5)[None], images, torch.arange(5)[None], n_way=5)
-        >>> query_outputs(network, dict(network.named_parameters()), episode)["linear 1"].shape
-        torch.Size([5, 5])
-    """
+    """What each layer (see `layers`) makes of the query images of one task, under that task's parameters, flattened."""
     support, query = episode.support_images[0], episode.query_images[0]
     by_support = network.normalization == "support"
     arguments = (torch.cat([support, query]), len(support)) if by_support else (query,)

@@ -22,15 +22,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 class Described:
-    """Keeps the arguments that it was made with, by name, so that they stand once: in the constructor.
-
-    Attributes:
-        arguments: of the constructor, defaults included; without networks and functions, which are not data.
-
-    Example:
-        >>> MLP(hidden=(20,)).arguments
-        {'n_inputs': 1, 'n_outputs': 1, 'hidden': (20,)}
-    """
+    """Keeps in `arguments` what it was made with, defaults included; without networks and functions."""
 
     arguments: dict[str, Any]
 
@@ -93,15 +85,12 @@ class Pixels(Embedding):
     """No network: the pixels of a smaller copy of the image, in a row.
 
     Args:
-        size: height and width of the copy in pixels.
+        size: height and width of the copy in pixels; 20 in Santoro et al. (2016), section 4.1.
         in_channels: channels of the images.
 
     Example:
         >>> Pixels(20)(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 400])
-
-    Reference:
-        Santoro et al. (2016), section 4.1: characters of 20×20 pixels.
     """
 
     def __init__(self, size: int = 20, *, in_channels: int = 1) -> None:
@@ -128,14 +117,11 @@ class MLP(Embedding):
     Args:
         n_inputs: numbers that go in.
         n_outputs: numbers that come out.
-        hidden: widths of the layers between.
+        hidden: widths of the layers between; two of 40 for the sinusoids of Finn et al. (2017), section 5.1.
 
     Example:
         >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
         torch.Size([10, 1])
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1: two hidden layers of 40 for sinusoids.
     """
 
     def __init__(self, n_inputs: int = 1, n_outputs: int = 1, *, hidden: Sequence[int] = (40, 40)) -> None:
@@ -187,9 +173,6 @@ class ConvNet(Embedding):
             layer that tells number 0 from number 1 can only mislead; MAML trains faster from one that does not.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
-
-    Raises:
-        ValueError: if a size is not positive, an option is unknown, or the image is too small for the blocks.
 
     Example:
         >>> network = ConvNet(n_outputs=5)
@@ -272,10 +255,7 @@ class ConvNet(Embedding):
     def forward(
         self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
     ) -> Float[Tensor, "n output"]:
-        """Logits of `n` images, or their embeddings if there is no last layer.
-
-        The first `n_support` images (default: all) are the support set of the normalisation.
-        """
+        """Logits, or embeddings without a last layer; the first `n_support` images (default: all) are support."""
         return self.head(self.embed(images, n_support))
 
 
@@ -371,9 +351,6 @@ def backbone(
         image_shape: channels, height and width, from which the lengths of embeddings and feature maps are found where
             nothing else tells them.
 
-    Raises:
-        ValueError: if a layer of that name is missing.
-
     Example:
         >>> network = backbone(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 5)))
         >>> network.head_prefix, network.n_outputs, network.embedding_size
@@ -385,12 +362,7 @@ def backbone(
 
 
 class Backbone(Embedding):
-    """Anybody's module as a network; see `backbone`.
-
-    Args:
-        network: the module.
-        head, features, image_shape: see `backbone`.
-    """
+    """Anybody's module as a network; see `backbone`."""
 
     def __init__(
         self,
@@ -469,11 +441,7 @@ def _policy(network: nn.Module) -> str:
 
 
 def embedding_size(network: Embedding, method: str) -> int:
-    """The length of a network's embeddings.
-
-    Raises:
-        ValueError: if it is not known.
-    """
+    """The length of a network's embeddings; a ValueError if it is not known."""
     if network.embedding_size is None:
         raise ValueError(
             f"{method} must know the length of an embedding, which {_name(network)} does not tell; give it "

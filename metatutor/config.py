@@ -53,9 +53,8 @@ class Arguments:
 def config_of(cls: type[nn.Module]) -> Any:
     """The arguments of a learner or network as a frozen dataclass, with its tag and its own words on each of them.
 
-    Args:
-        cls: all of its arguments but `network` have defaults. Those that no JSON can hold, such as a loss, are left
-            out, and so is `n_outputs`, which is the learner's to say.
+    All but `network` have defaults. Those that no JSON can hold, such as a loss, are left out, and so is `n_outputs`,
+    which is the learner's to say.
 
     Example:
         >>> from metatutor import MAML
@@ -239,14 +238,6 @@ class RunConfig:
         n_query: query images of each class in training.
         train: the outer loop; None for a method that learns nothing before it sees a task.
         validation: how the training is watched.
-
-    Raises:
-        ValueError: if or two of them do not go together.
-
-    Example:
-        >>> config = RunConfig(n_way=20)
-        >>> parse_config(config_text(config)) == config
-        True
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT

@@ -32,22 +32,6 @@ def conv2d(
 
     A convolution is bilinear, so its value, its gradient in the images and its gradient in the weight are
     three faces of one trilinear form `<out, images * weight>`; the derivative of each face is the other two.
-
-    Args:
-        images: `[n, c_in, h, w]`.
-        weight: `[c_out, c_in, kh, kw]`.
-        stride: step of the kernel in pixels.
-        padding: zeros added at each border in pixels.
-
-    Returns:
-        `[n, c_out, h_out, w_out]`.
-
-    Example:
-        >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3)).item()
-        9.0
-
-    Reference:
-        Dumoulin & Visin (2016), A guide to convolution arithmetic, section 4.
     """
     return _Conv.apply(_lowered(images), _lowered(weight), (stride, padding, 1))
 
@@ -57,22 +41,8 @@ def batch_norm(
 ) -> Float[Tensor, "n c h w"]:
     """Batch normalisation with the statistics of `images` themselves, its double backward in six passes.
 
-    `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance over n, h and w.
-
-    Args:
-        images: `[n, c, h, w]`.
-        weight: the scale of each channel.
-        bias: the shift of each channel.
-
-    Returns:
-        `[n, c, h, w]`; a third derivative of it raises a RuntimeError.
-
-    Example:
-        >>> batch_norm(torch.tensor([0.0, 2.0]).view(2, 1, 1, 1), torch.ones(1), torch.zeros(1)).flatten().round()
-        tensor([-1.,  1.])
-
-    Reference:
-        Ioffe & Szegedy (2015), algorithm 1.
+    `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance over n, h and w: Ioffe &
+    Szegedy (2015), algorithm 1. A third derivative raises a RuntimeError.
     """
     never_zero = weight + (weight == 0) * 1e-12  # the double backward divides by it
     return _Norm.apply(images.to(weight.dtype), never_zero, bias)[0]  # under autocast, statistics in full precision
@@ -84,23 +54,11 @@ def group_norm(
     """Group normalisation, `torch.nn.functional.group_norm`, also under `vmap` in every supported version of PyTorch.
 
     `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance of each image over h, w and the
-    channels of a group.
-
-    Args:
-        images: `[n, c, h, w]`.
-        weight: the scale of each channel.
-        bias: the shift of each channel.
-        groups: into how many groups of neighbours the channels are parted.
-
-    Returns:
-        `[n, c, h, w]`.
+    channels of a group of neighbours: Wu & He (2018), equations 1, 2 and 7.
 
     Example:
         >>> group_norm(torch.tensor([0.0, 2.0, 5.0, 7.0]).view(1, 4, 1, 1), torch.ones(4), torch.zeros(4), 2).flatten()
         tensor([-1.0000,  1.0000, -1.0000,  1.0000])
-
-    Reference:
-        Wu & He (2018), equations 1, 2 and 7.
     """
     n, c, h, w = images.shape
     images = _Dense.apply(images.to(weight.dtype))  # under autocast, statistics in full precision
@@ -108,21 +66,7 @@ def group_norm(
 
 
 def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
-    """The greatest of each 2×2 pixels; the first of them, where several are equal, takes the gradient.
-
-    Args:
-        images: `[n, c, h, w]`.
-
-    Returns:
-        `[n, c, h // 2, w // 2]`.
-
-    Example:
-        >>> max_pool2d(torch.tensor([[1.0, 2.0], [4.0, 3.0]]).view(1, 1, 2, 2)).item()
-        4.0
-
-    Reference:
-        Vinyals et al. (2016), section 4.1.1.
-    """
+    """The greatest of each 2×2 pixels; the first of them, where several are equal, takes the gradient."""
     return _Pool.apply(images)[0]
 
 

@@ -24,16 +24,6 @@ class EpisodeSpec:
         n_way: classes in a task, at least 1.
         k_shot: labelled (support) images of each class, at least 1.
         n_query: images of each class to classify (query), at least 1.
-
-    Raises:
-        ValueError: if a size is not a positive integer.
-
-    Example:
-        >>> EpisodeSpec(n_way=5, k_shot=1, n_query=15)
-        EpisodeSpec(n_way=5, k_shot=1, n_query=15)
-
-    Reference:
-        Vinyals et al. (2016), Matching Networks for One Shot Learning, section 4.1.
     """
 
     n_way: int = 5
@@ -61,10 +51,6 @@ class ClassImages:
         rotations: whether the three turned copies of each class count as classes.
         counts: how many images, the first ones, each class has, where these are not equally many; what follows them in
             `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
-
-    Raises:
-        ValueError: if images are not uint8 or come channels last, names or counts do not fit them, or rotations are
-            asked of images that are not square.
 
     Example:
         >>> classes = ClassImages(torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b", "c"), rotations=True)
@@ -140,8 +126,9 @@ class ClassImages:
 class Episode:
     """A batch of tasks: what a learner may learn from (support) and what it must answer (query).
 
-    Labels run from 0 to `n_way - 1` and mean nothing outside their task. In a regression task `images` are vectors,
-    `labels` the real-valued targets, `[task, support, output]`, and `n_way` says how many numbers a target has.
+    Labels run from 0 to `n_way - 1` and mean nothing outside their task; `learner.predict` takes any labels. In a
+    regression task `images` are vectors, `labels` the real-valued targets, `[task, support, output]`, and `n_way` says
+    how many numbers a target has.
 
     Args:
         support_images: `[task, support, channel, height, width]`, pixels from 0 (paper) to 1 (ink).
@@ -150,10 +137,6 @@ class Episode:
         query_labels: one label a query image, if they are known; a learner's `forward` never reads them.
         n_way: classes in each task; default: as the support labels say.
 
-    Raises:
-        ValueError: if shapes do not fit, pixels are not floating-point numbers, or labels are not those of `n_way`
-            classes. `learner.predict` takes any labels, and images as they come.
-
     Example:
         >>> images, labels = torch.zeros(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> episode = Episode(images, labels, images, labels, n_way=5)
@@ -161,7 +144,7 @@ class Episode:
         (2, 1)
 
     Reference:
-        Vinyals et al. (2016), section 4.1.
+        Vinyals et al. (2016), Matching Networks for One Shot Learning, section 4.1.
     """
 
     support_images: Float[Tensor, "task support *image"]
@@ -211,11 +194,7 @@ class Episode:
         return self._map(lambda tensor: tensor[which])
 
     def task(self, index: int) -> Episode:
-        """Task `index` alone, as a batch of one.
-
-        Raises:
-            ValueError: if there is no such task.
-        """
+        """Task `index`, counted from 0, alone, as a batch of one."""
         if not 0 <= index < len(self):
             raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
         return self.tasks(slice(index, index + 1))
@@ -234,17 +213,10 @@ class EpisodeSampler:
         spec: the shape of the tasks.
         seed: where the stream of tasks begins.
 
-    Raises:
-        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class
-            than `k_shot + n_query`.
-
     Example:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
         >>> EpisodeSampler(classes, EpisodeSpec(5, 1, 15), seed=0).sample(4).query_images.shape
         torch.Size([4, 75, 1, 28, 28])
-
-    Reference:
-        Vinyals et al. (2016), section 4.1.
     """
 
     def __init__(self, classes: ClassImages, spec: EpisodeSpec, *, seed: int = 0) -> None:
@@ -273,11 +245,7 @@ class EpisodeSampler:
         self.order.set_state(state["order"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks.
-
-        Raises:
-            ValueError: if `n_tasks` is not positive.
-        """
+        """Draw the next `n_tasks` tasks."""
         return self.sample_with_classes(n_tasks)[0]
 
     def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:
@@ -315,26 +283,15 @@ class EpisodeSampler:
 class ClassificationSampler:
     """Draws ordinary mini-batches of labelled images, in the clothes of an episode.
 
-    A mini-batch is an episode without support: one task whose ways are all the classes at once. Each image is of
-    a class drawn at random, with replacement, so the generator is all that a resumed run must restore. The rows of
-    an episode are a mini-batch in parts, which processes can share: `n_tasks * images_per_task` images in all.
+    A mini-batch is an episode without support: one task whose ways are all the classes at once, as for the baselines of
+    Chen et al. (2019), section 3.2. Each image is of a class drawn at random, with replacement, so the generator is all
+    that a resumed run must restore. The rows of an episode are a mini-batch in parts, which processes can share:
+    `n_tasks * images_per_task` images in all.
 
     Args:
         classes: where the images come from; label `c` is class `c`.
         images_per_task: images in a row.
         seed: where the stream of images begins.
-
-    Raises:
-        ValueError: if `images_per_task` or `n_tasks` is not positive.
-
-    Example:
-        >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
-        >>> batch = ClassificationSampler(classes, images_per_task=10).sample(4)
-        >>> batch.query_images.shape, batch.support_images.shape[1], batch.n_way
-        (torch.Size([4, 10, 1, 28, 28]), 0, 8)
-
-    Reference:
-        Chen et al. (2019), section 3.2: the training stage of the baseline.
     """
 
     def __init__(self, classes: ClassImages, images_per_task: int, *, seed: int = 0) -> None:

@@ -61,11 +61,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The mean accuracy over all query images.
-
-        Raises:
-            ValueError: if something else was measured.
-        """
+        """The mean accuracy over all query images; a ValueError if something else was measured."""
         if self.metric != "accuracy" or not isinstance(self.mean, float):
             raise ValueError(f"this evaluation has the {self.metric}, see its mean")
         return self.mean
@@ -96,11 +92,7 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
-        """The evaluation that `record` wrote; other keys are passed over.
-
-        Raises:
-            ValueError: if a key is missing.
-        """
+        """The evaluation that `record` wrote; other keys are passed over."""
         metric: Any = next((name for name in _INTERVAL if name in record), "accuracy")
         try:
             rest = {f.name: record[f.name] for f in fields(cls) if f.name not in _NOT_RECORDED}
@@ -112,21 +104,10 @@ class Evaluation:
 def scores(
     learner: Learner, sampler: Any, n_episodes: int, *, stream: bool = False, tasks_per_batch: int = 32
 ) -> Float[Tensor, "episode ..."]:
-    """What a learner scores on each of a sampler's next tasks, in evaluation mode.
+    """What a learner scores on each of a sampler's next tasks, in evaluation mode and on the device of the learner.
 
-    Args:
-        learner: its device is where the tasks go.
-        sampler: draws the tasks.
-        n_episodes: how many.
-        stream: whether the support set is a stream, every image of which is asked before its label is told.
-        tasks_per_batch: tasks answered side by side; the result does not depend on it, but for rounding.
-
-    Returns:
-        Accuracies from 0 to 1, one an episode or `[episode, instance]` of streams; squared errors `[episode, step]` of
-        regressions. On the CPU.
-
-    Raises:
-        ValueError: if a stream is asked of a learner that reads none.
+    Accuracies from 0 to 1, one an episode, or `[episode, instance]` of streams; squared errors `[episode, step]` of
+    regressions. `tasks_per_batch` are answered side by side, which does not change the result, but for rounding.
     """
     if stream and not learner.reads_streams:
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
@@ -168,21 +149,11 @@ def evaluate(
         stream: whether support sets are streams, every image of which is asked before its label is told.
         tasks_per_batch: tasks answered side by side.
 
-    Returns:
-        The means with their intervals.
-
-    Raises:
-        ValueError: if there are fewer than 2 episodes, the classes are too few for the spec, or the learner was made
-            for other tasks.
-
     Example:
         >>> from metatutor import NearestPixels, Strokes
         >>> classes = Strokes.load(n_alphabets=3, characters_per_alphabet=8).split().test
         >>> evaluate(NearestPixels(), classes, EpisodeSpec(5, 1, 5), n_episodes=10).n_episodes
         10
-
-    Reference:
-        Vinyals et al. (2016), section 4.1.
     """
     if n_episodes < 2:
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
@@ -210,12 +181,7 @@ def evaluate(
 
 @torch.no_grad()
 def is_transductive(learner: Learner, episode: Episode) -> bool:
-    """Whether a learner's answers for the first query image change when the other query images do.
-
-    Args:
-        learner: in any mode; it is asked in evaluation mode.
-        episode: its first task is taken.
-    """
+    """Whether a learner's answers for the first query image of an episode's first task change when the others do."""
     task = episode.task(0)
     task = task.to(next((p.device for p in learner.parameters()), task.query_images.device))
     others = task.query_images.clone()

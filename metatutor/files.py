@@ -32,11 +32,7 @@ def one_line(text: str) -> str:
 
 
 def expanded(path: Path | str, origin: str) -> Path:
-    """A path with the home folder for its `~`; `origin` says in the message who named it.
-
-    Raises:
-        ValueError: if there is no user of that name.
-    """
+    """A path with the home folder for its `~`; if there is no such user, a ValueError says that `origin` named it."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -52,10 +48,7 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
 
     Readers find the old file or the new one, never half of one. Several may write at once, threads or processes: the
     last to end wins. What killed writers of the same `path` left behind is removed first. Its folder is made if need
-    be.
-
-    Raises:
-        ValueError: if the folder or the disk does not allow it; the message ends with the `hint`.
+    be. Where folder or disk do not allow it, the message of the ValueError ends with the `hint`.
     """
     temporary = path.with_name(f"{path.name}.{_processes()}-{os.getpid()}-{uuid4().hex[:8]}.tmp")
     _WRITING.add(temporary.name)
@@ -103,11 +96,9 @@ def _is_leftover(file: Path, processes: str, process: int) -> bool:
 
 
 def download(url: str, path: Path, at_most: int) -> None:
-    """Download a file, with a progress bar, in place of what is at `path`.
+    """Download a file, with a progress bar, in place of what is at `path`; never more than `at_most` bytes.
 
-    Raises:
-        requests.RequestException: if the address does not answer as it should.
-        ValueError: if it is no address, or gives more than `at_most` bytes; no more are written.
+    A `requests.RequestException` says that the address does not answer, a ValueError that it is none, or gives more.
     """
     from pooch import HTTPDownloader
 
@@ -126,11 +117,7 @@ def download(url: str, path: Path, at_most: int) -> None:
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Makes a ValueError that begins with `what` of whatever damaged bytes raise: a dozen types in zipfile and Pillow.
-
-    Raises:
-        OSError: if it is the disk's fault.
-    """
+    """Makes a ValueError that begins with `what` of what damaged bytes raise: a dozen types in zipfile and Pillow."""
     try:
         yield
     except Exception as error:
@@ -140,12 +127,7 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def entries(folder: Path) -> list[str]:
-    """The paths of all files and folders below a folder; links are not followed, for they could lead in a circle.
-
-    Raises:
-        OSError: if one of the folders cannot be read.
-        ValueError: if there are more than 100,000; no more are looked at.
-    """
+    """The paths of all in a folder, 100,000 at most; links are not followed, for they could lead in a circle."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -162,10 +144,8 @@ def entries(folder: Path) -> list[str]:
 def members(source: Path, base: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
     """What is in a zip or a folder: the names, sorted, in a folder counted from `base`; and how to read a small file.
 
-    Raises:
-        OSError: if the source cannot be read.
-        ValueError: if it is damaged, or would take more time or memory than an archive of small files; reading raises
-            many other types where a file is damaged (see `decoding`).
+    Reading raises many types where a file is damaged (see `decoding`); a ValueError, if it would take more time or
+    memory than an archive of small files.
     """
     if source.is_dir():
         yield sorted(Path(path).relative_to(base).as_posix() for path in entries(source)), partial(_read_file, base)

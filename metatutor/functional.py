@@ -23,10 +23,6 @@ class TaskMap:
 
     Recurrent layers and running statistics are among what `vmap` cannot do. The first failure is told once; from then
     on tasks are taken one by one, which gives the same results more slowly.
-
-    Example:
-        >>> TaskMap()(lambda row: row.sum(), torch.ones(2, 3))
-        tensor([3., 3.])
     """
 
     def __init__(self) -> None:
@@ -85,12 +81,7 @@ class _Method(nn.Module):
 
 
 def with_gradient(value: Tensor, inputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """A scalar whose gradients in some tensors are known already: linear in them, with the given value here.
-
-    Args:
-        value: a scalar.
-        inputs: what it depends on.
-        gradients: its gradient in each.
+    """A scalar whose gradients in some inputs are known already: linear in them, with the given value here.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -127,21 +118,13 @@ def gradients_of(loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = Fa
 def preprocess(values: Float[Tensor, " n"], p: float = 10.0) -> Float[Tensor, "n 2"]:
     """Size and sign of numbers of any magnitude: `(log|x| / p, sign(x))`, or `(-1, e^p x)` where `|x| < e^-p`.
 
-    Args:
-        values: gradients or losses.
-        p: how small a number still counts.
-
-    Returns:
-        Two numbers each, from about -1 to 1.
+    Andrychowicz et al. (2016), appendix A.
 
     Example:
         >>> preprocess(torch.tensor([1.0, -math.exp(-5), 0.0]))
         tensor([[ 0.0000,  1.0000],
                 [-0.5000, -1.0000],
                 [-1.0000,  0.0000]])
-
-    Reference:
-        Andrychowicz et al. (2016), appendix A.
     """
     large = values.abs() >= math.exp(-p)
     size = values.abs().clamp_min(math.exp(-p)).log() / p

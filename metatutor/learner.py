@@ -85,12 +85,7 @@ class Learner(Described, nn.Module, ABC):
     def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
         """What an evaluation takes the mean of: each task's accuracy, or its squared error where numbers are predicted.
 
-        Args:
-            episode: with query labels.
-            stream: see `reads_streams`.
-
-        Returns:
-            `[task]`; or `[task, step]` of regressions by steps, `[task, instance]` of streams.
+        `[task]`; or `[task, step]` of regressions by steps, `[task, instance]` of streams (see `reads_streams`).
         """
         answers = self(episode)
         if episode.query_labels.is_floating_point():
@@ -98,12 +93,7 @@ class Learner(Described, nn.Module, ABC):
         return (answers.argmax(-1) == episode.query_labels).cpu().double().mean(1)
 
     def chunks(self, episode: Episode, at_once: int | None = None) -> Iterator[Episode]:
-        """The tasks of an episode, as many at a time as the outer loop is to take; their gradients add up.
-
-        Args:
-            episode: a batch of tasks.
-            at_once: how many; default: as many as are fastest.
-        """
+        """The tasks of an episode, `at_once` or as many as are fastest at a time; their gradients add up."""
         size = at_once or self.tasks_at_once(episode)
         return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
 
@@ -129,19 +119,13 @@ class Learner(Described, nn.Module, ABC):
     def predict(
         self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
     ) -> list[Hashable]:
-        """Learn from some labelled images and name others.
+        """Learn from some labelled images and name others: one of the given labels for each query image.
 
         Args:
             support_images: tensors or arrays, `[image, channel, height, width]` or, of one channel,
                 `[image, height, width]`; bytes from 0 to 255 or floats from 0 (paper) to 1 (ink), as in training.
             support_labels: one label an image, of any kind: names, numbers.
             query_images: the images to name, in the same form.
-
-        Returns:
-            One of the given labels for each query image.
-
-        Raises:
-            ValueError: if images are of another form, or their labels do not fit; it says what to do.
 
         Example:
             >>> from metatutor import NearestPixels
@@ -161,11 +145,7 @@ class Learner(Described, nn.Module, ABC):
         return [names[i] for i in answers.tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
-        """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
-
-        Raises:
-            ValueError: if what was learned does not fit the other arguments.
-        """
+        """The same method with other arguments, the same network and what was learned besides, in evaluation mode."""
         network = {"network": self.network} if hasattr(self, "network") else {}
         made = type(self)(**network, **(self.arguments | changes))
         load_parameters(made, self.state_dict(), "the learner")
@@ -189,9 +169,6 @@ def load(path: Path | str, network: nn.Module | None = None) -> Learner:
     Args:
         path: the file.
         network: one of the same architecture, if it is not one of ours; its parameters are replaced.
-
-    Raises:
-        ValueError: if the file is not one of those, or its parameters do not fit.
 
     Example:
         >>> import tempfile
@@ -228,11 +205,7 @@ def _exported(path: Path | str, name: str, arguments: dict[str, Any], **more: An
 
 
 def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Path | str) -> None:
-    """Put recorded parameters into a learner of the same architecture.
-
-    Raises:
-        ValueError: if a name or a shape differs; the learner is then unchanged.
-    """
+    """Put recorded parameters into a learner; a ValueError, and nothing is changed, if they do not fit."""
     expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     if expected != found:

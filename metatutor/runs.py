@@ -73,13 +73,7 @@ def run_names(results: Path | None = None) -> list[str]:
 def load_run(name: str, results: Path | None = None) -> Run:
     """Read a recorded run; a ValueError tells if there is none, or it is damaged.
 
-    Args:
-        name: of an evaluation, such as `omniglot-maml-5w5s`; or of a run's folder, for its first evaluation.
-        results: the folder to look in; default: `results_folder()`.
-
-    Example:
-        >>> load_run("omniglot-maml-5w1s").config.train.iterations
-        16000
+    The name is that of an evaluation, such as `omniglot-maml-5w5s`; or of a run's folder, for its first evaluation.
     """
     folder, record = _find(name, results)
     about = {key: value for key, value in read_evaluations(folder).items() if key != "evaluations"}
@@ -217,12 +211,8 @@ def run_training(
 ) -> list[Evaluation]:
     """Train a configuration, then evaluate it; a run killed before goes on where its last checkpoint stood.
 
-    Args:
-        config: what to train; a ValueError tells if data or tests do not fit it, before anything is computed.
-        folder: gets the four files of a recorded run, and the checkpoints.
-        tests: the evaluations.
-        data: where Omniglot lies (see `Omniglot.load`).
-        device, progress_bar: see `train`.
+    The folder gets the four files of a recorded run, and the checkpoints; `data` is where Omniglot lies. A ValueError
+    tells if data or tests do not fit the configuration, before anything is computed.
     """
     check_device(device)
     splits = _claimed(config, folder, tests, data)
@@ -258,12 +248,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate the recorded weights of a run, on the CPU unless a device is given.
 
-    Args:
-        folder: of the run.
-        test: the evaluation.
-        splits, data: the classes, where they are loaded already; or where Omniglot lies.
-        device: where to compute.
-        record: whether what comes of it goes to `evaluations.json`, under the name of the test.
+    The classes are `splits` where they are loaded already, else those of Omniglot in `data`. With `record`, what comes
+    of it goes to `evaluations.json`, under the name of the test.
     """
     if record:
         check_name(test.name)
@@ -293,11 +279,7 @@ def evaluate_run(
 def reproduce(
     source: Path, folder: Path, *, data: Path | str | None = None, device: str | None = None, progress_bar: bool = True
 ) -> list[tuple[str, Evaluation, Evaluation | None]]:
-    """Train a recorded run again, from its `config.json` alone, into another folder, and evaluate it as it was.
-
-    Returns:
-        The name of every evaluation, what it came to now, and what was recorded.
-    """
+    """Train a run again, from its `config.json` alone; each evaluation's name, outcome now, and recorded outcome."""
     config, records = load_config(source), read_evaluations(source)["evaluations"]
     tests = [parse_test(record) for record in records] or [TestConfig(folder.name)]
     found = run_training(config, folder, tests, data=data, device=device, progress_bar=progress_bar)

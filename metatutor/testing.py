@@ -41,9 +41,6 @@ def check_learner(learner: Learner, *, image_shape: tuple[int, ...] | None = Non
         learner: any; it is not changed.
         image_shape: of the images; default: that of its network, or 1×28×28.
 
-    Raises:
-        ContractError: at the first check that fails, which it names.
-
     Example:
         >>> from metatutor import ConvNet, Prototypical
         >>> check_learner(Prototypical(ConvNet(filters=4)))

@@ -45,28 +45,18 @@ class TrainConfig:
         tasks_per_step: tasks whose mean loss makes one step (meta-batch size), over all processes together.
         outer_lr: peak learning rate of the outer optimizer.
         warmup: iterations of linear rise to `outer_lr`.
-        schedule: what follows the warm-up: `"cosine"` decay to zero, or `"constant"`.
+        schedule: what follows the warm-up: `"cosine"` decay to zero (Loshchilov & Hutter, 2017), or `"constant"`.
         clip_norm: the gradient is scaled down to this norm where it is longer; None: never.
         log_every: iterations between two rows of history, each with an accuracy in training and validation.
         checkpoint_every: iterations between two checkpoints.
         seed: of the stream of training tasks, and of dropout. `metatutor train` draws the initial parameters from it
             too; in Python they are drawn before `train` sees the learner, from `torch.manual_seed`.
-        optimizer: the outer one: `"adam"`, `"adamw"` or plain gradient descent, `"sgd"`.
+        optimizer: the outer one: `"adam"` (Kingma & Ba, 2015), `"adamw"` or plain gradient descent, `"sgd"`.
         weight_decay: of the outer optimizer.
         tasks_at_once: tasks computed side by side, a matter of memory and speed; default: as the learner likes.
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
         patience: rows of history without a better validation accuracy after which training ends early; None: never.
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Example:
-        >>> TrainConfig(iterations=1000).outer_lr
-        0.003
-
-    Reference:
-        Kingma & Ba (2015), Adam; cosine decay: Loshchilov & Hutter (2017).
     """
 
     iterations: int = 2000
@@ -134,12 +124,13 @@ def train(
     device: str | None = None,
     progress_bar: bool = True,
 ) -> list[Row]:
-    """Minimise `learner.meta_loss` over tasks drawn from classes.
+    """Minimise `learner.meta_loss` over tasks drawn from classes; returns the history, rows of `HISTORY_FIELDS`.
 
     Several processes (`accelerate launch`, `torchrun`) split the tasks of each step among them and average their
     gradients. With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last
     checkpoint stood: on CPU it ends bit for bit as if it had never stopped. More iterations than at first may then be
-    asked for. The learner is left in evaluation mode.
+    asked for. The learner is left in evaluation mode. The first loss that is not finite is a TrainingDivergedError;
+    Ctrl-C and SIGTERM are a KeyboardInterrupt, after a checkpoint was written.
 
     Args:
         learner: what to train, in place.
@@ -155,15 +146,6 @@ def train(
         log_with: a tracker of accelerate, such as `"tensorboard"`, which writes to `folder`.
         device: any that PyTorch knows, such as `"cpu"`, `"cuda:1"` or `"mps"`; default: what accelerate finds.
         progress_bar: whether to show one.
-
-    Returns:
-        The history: one dict a row, with the keys `HISTORY_FIELDS`.
-
-    Raises:
-        TrainingDivergedError: at the first loss that is not finite.
-        KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
-        ValueError: if the learner learns nothing, the classes are too few, the device is absent, or the checkpoint in
-            `folder` is of another learner or configuration.
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes
@@ -248,14 +230,7 @@ def accumulate(
     at_once: int | None = None,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> Float[Tensor, ""]:
-    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have.
-
-    Args:
-        learner: in training mode.
-        episode: a batch of tasks.
-        at_once: tasks computed side by side; default: as the learner likes.
-        backward: what is called with the loss of each part.
-    """
+    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have."""
     total = torch.zeros((), device=episode.query_images.device)
     for part in learner.chunks(episode, at_once):
         loss = learner.meta_loss(part) * (len(part) / len(episode))
@@ -435,11 +410,7 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 
 def check_device(device: str | None) -> torch.device | None:
-    """The device of a name.
-
-    Raises:
-        ValueError: if there is no such device.
-    """
+    """The device of a name; a ValueError if there is no such device."""
     if device is None:
         return None
     try:

@@ -19,9 +19,6 @@ def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages
         images: see `pixels`.
         labels: one an image, of any kind; the classes are named after them.
 
-    Raises:
-        ValueError: if images are of another form, or labels are not as many as images.
-
     Example:
         >>> classes = from_arrays(torch.zeros(3, 28, 28), ["b", "a", "b"])
         >>> classes.names, classes.counts.tolist()
@@ -43,13 +40,6 @@ def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 2
         dataset: its images are PIL images, tensors `[channel, height, width]` or arrays `[height, width]`.
         image_size: height and width in pixels that they are resized to.
         channels: 1 for greys, 3 for colours.
-
-    Raises:
-        ValueError: if an image is of another form.
-
-    Example:
-        >>> len(from_dataset([(torch.zeros(1, 105, 105), "a"), (torch.zeros(1, 90, 80), "b")]))
-        2
     """
     pairs = [(_resized(image, image_size, channels), label) for image, label in dataset]
     if not pairs:
@@ -64,9 +54,6 @@ def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) 
         folder: its sub-folders are the classes, named after them.
         image_size: height and width in pixels that images are resized to.
         channels: 1 for greys, 3 for colours.
-
-    Raises:
-        ValueError: if there are no images, or one cannot be read.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -103,23 +90,7 @@ def _resized(image: Any, size: int, channels: int) -> Tensor:
 def task_of(
     support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
 ) -> tuple[Episode, list[Hashable]]:
-    """One task of labelled images and images to name.
-
-    Args:
-        support_images, query_images: see `pixels`.
-        support_labels: one label a support image, of any kind.
-
-    Returns:
-        An episode of one task, and the label that each class number stands for.
-
-    Raises:
-        ValueError: if images are of another form, or labels are not as many as images.
-
-    Example:
-        >>> episode, names = task_of(torch.zeros(3, 28, 28), ["b", "a", "b"], torch.zeros(1, 28, 28))
-        >>> episode.support_labels.tolist(), names
-        ([[0, 1, 0]], ['b', 'a'])
-    """
+    """One task of labelled images (see `pixels`) and images to name; and the label that each number stands for."""
     support, query = pixels(support_images, "support_images"), pixels(query_images, "query_images")
     labels, names = _numbered(support_labels, len(support), "support images")
     return Episode(support[None], labels[None], query[None], n_way=len(names)), names
@@ -142,13 +113,6 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
             `[image, height, width]`; integers from 0 to 255 or floats from 0 to 1.
         name: what to call them in an error.
         strokes: whether dark strokes on white paper are an error, as they are to a network that knows ink as 1.
-
-    Raises:
-        ValueError: if they are of another form; it says what to do.
-
-    Example:
-        >>> pixels(torch.zeros((2, 28, 28), dtype=torch.uint8)).shape
-        torch.Size([2, 1, 28, 28])
     """
     tensor = _stacked(images, name)
     if tensor.dim() == 3:

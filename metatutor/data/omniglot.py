@@ -283,22 +283,13 @@ Source = TypeVar("Source")  # what tasks are drawn from
 class Splits(Generic[Source]):
     """The classes for meta-training, meta-validation and meta-test, in this order when iterated.
 
-    No character, turned or not, is in two of them.
+    No character, turned or not, is in two of them: Ravi and Larochelle (2017), section 2.
 
     Args:
         train: classes to meta-train on.
         validation: classes to choose settings by.
         test: classes to report accuracy on.
         id: names the split in records, such as `random-0`: the same id means the same classes.
-
-    Example:
-        >>> classes = ClassImages(torch.zeros(2, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b"))
-        >>> train, validation, test = Splits(classes, classes, classes, "toy")
-        >>> len(train)
-        2
-
-    Reference:
-        Ravi and Larochelle (2017), Optimization as a Model for Few-Shot Learning, section 2.
     """
 
     train: Source
@@ -346,17 +337,14 @@ class Omniglot:
         """Read Omniglot from `root`, else METATUTOR_DATA, else the user's cache folder, where it is downloaded to.
 
         The first time, every drawing is compared with the published ones and resized with antialiasing; the result is
-        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays as it is.
+        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays as it is. A
+        ValueError says what is wrong with the data, a DownloadError that no source gives an intact copy.
 
         Args:
             root: a folder with the two official zips or the folders they unpack to, directly or in `omniglot-py`.
             download: whether to fetch what is missing, if neither `root` nor METATUTOR_DATA says where it should be.
             image_size: height and width in pixels, at most the 105 of the originals.
             parts: the archives expected.
-
-        Raises:
-            ValueError: if the data are not there, not whole or not Omniglot, or the cache cannot be written.
-            DownloadError: if no source gives an intact copy.
         """
         _check_size(image_size)
         sources = [_locate(root, part, download) for part in parts]
@@ -379,21 +367,15 @@ class Omniglot:
     def split(self, protocol: str = "random", *, seed: int = 0, rotations: bool = True) -> Splits:
         """Part the characters into meta-training, meta-validation and meta-test classes.
 
-        `random` shuffles all characters: 1,100 / 100 / 423, as in the MAML paper. `lake` keeps alphabets whole: the
-        659 evaluation characters are for meta-test, five background alphabets chosen by `seed` for meta-validation.
-        The split's id is `random-0` for example; `random-0-upright` without rotations.
+        `random` shuffles all characters: 1,100 / 100 / 423, as in the MAML paper (Finn et al., 2017, section 5.2).
+        `lake` keeps alphabets whole: the 659 evaluation characters are for meta-test, five background alphabets chosen
+        by `seed` for meta-validation. The split's id is `random-0` for example; `random-0-upright` without rotations.
 
         Args:
             protocol: `random` or `lake`.
             seed: another seed, another split.
             rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split,
                 in all three splits, as in the MAML code.
-
-        Raises:
-            ValueError: if the protocol is unknown, or there are too few characters for it.
-
-        Reference:
-            Vinyals et al. (2016), section 4.1.1; Finn et al. (2017), section 5.2; Lake et al. (2015).
         """
         generator = torch.Generator().manual_seed(seed)
         if protocol == "random":
@@ -433,18 +415,8 @@ class Omniglot:
 def one_shot_runs(root: Path | str | None = None, *, download: bool = True, image_size: int = 28) -> Episode:
     """Lake's 20 one-shot runs: in each, one drawing of 20 characters of one alphabet, and 20 more to recognise.
 
-    The data are looked for as `Omniglot.load` does, as `all_runs.zip` or the folder that it unpacks to.
-
-    Returns:
-        20 tasks of 20 classes with one support and one query image each, `image_size` pixels high and wide; support
-        image `i` is of class `i`.
-
-    Raises:
-        ValueError: if the runs are not there, not whole or not Lake's.
-        DownloadError: if no source gives an intact copy.
-
-    Reference:
-        Lake, Salakhutdinov and Tenenbaum (2015), figure 6A.
+    The data are looked for as `Omniglot.load` does, as `all_runs.zip` or the folder that it unpacks to. Support image
+    `i` is of class `i`. Lake, Salakhutdinov and Tenenbaum (2015), figure 6A.
     """
     _check_size(image_size)
     source = _locate(root, _RUNS, download)
@@ -458,13 +430,7 @@ def one_shot_runs(root: Path | str | None = None, *, download: bool = True, imag
 
 @dataclass(frozen=True)
 class Verification:
-    """Zips or folders in which every drawing is, pixel by pixel, as published.
-
-    Example:
-        >>> print(Verification((Path("images_background.zip"),), 964))
-        964 characters, 19,280 drawings, every pixel as published
-          images_background.zip
-    """
+    """Zips or folders in which every drawing is, pixel by pixel, as published."""
 
     sources: tuple[Path, ...]
     characters: int
@@ -476,14 +442,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class Info:
-    """What a copy of Omniglot holds, and the file in which its decoded pixels are kept.
-
-    Example:
-        >>> print(Info(50, 1623, 32460, (Path("omniglot-py"),), Path("omniglot.npz"), 25_000_000))
-        50 alphabets, 1,623 characters, 32,460 drawings
-          from omniglot-py
-          kept in omniglot.npz (25.0 MB)
-    """
+    """What a copy of Omniglot holds, and the file in which its decoded pixels are kept."""
 
     alphabets: int
     characters: int
@@ -504,10 +463,6 @@ def download(root: Path | str | None = None, *, runs: bool = False, parts: Seque
     The official source comes first, then the addresses in METATUTOR_OMNIGLOT_URL (separated by spaces, each a folder
     with the zips). An archive gets its name only when all of it is there and intact. With `runs`, Lake's one-shot runs
     are fetched too.
-
-    Raises:
-        ValueError: if what was there before is damaged, or the folder cannot be written.
-        DownloadError: if no address gives an intact copy.
     """
     folder, _ = _folder(root)
     sources = [_have(folder, part) for part in (*parts, *[_RUNS] * runs)]
@@ -526,13 +481,7 @@ def _intact(source: Path, part: _Part) -> Path:
 
 
 def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -> Verification:
-    """Compare every drawing in `root`, else METATUTOR_DATA, else the user's cache folder, with the published ones.
-
-    Lake's one-shot runs are compared too if they are there.
-
-    Raises:
-        ValueError: if an archive is missing, damaged or not Omniglot; the message tells which and what to do.
-    """
+    """Compare every drawing of a copy with the published ones, also of Lake's one-shot runs if they are there."""
     sources = [_intact(_locate(root, part, download=False), part) for part in parts]
     return Verification((*sources, *_intact_runs(root)), sum(part.folders for part in parts))
 
@@ -544,11 +493,7 @@ def _intact_runs(root: Path | str | None) -> list[Path]:
 
 
 def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequence[_Part] = _PARTS) -> Info:
-    """Count what is in `root`, else METATUTOR_DATA, else the user's cache folder, and tell where the pixels are kept.
-
-    Raises:
-        ValueError: as `Omniglot.load` does, or if Lake's one-shot runs are there and damaged; nothing is downloaded.
-    """
+    """Count what is in `root`, else METATUTOR_DATA, else the cache folder, and tell where the pixels are."""
     omniglot = Omniglot.load(root, download=False, image_size=image_size, parts=parts)
     sources = [_locate(root, part, download=False) for part in parts]
     cache = _cache_file(sources, parts, image_size)

@@ -1,4 +1,4 @@
-"""The regression tasks of the MAML paper: a task is a sine wave, of which a few points are known."""
+"""The regression tasks of Finn, Abbeel & Levine (2017), section 5.1: a sine wave, of which a few points are known."""
 
 from __future__ import annotations
 
@@ -21,15 +21,9 @@ class Sinusoids:
         phase: least and greatest, in radians.
         x: where points are drawn.
 
-    Raises:
-        ValueError: if a range is empty.
-
     Example:
         >>> Sinusoids().sampler(EpisodeSpec(n_way=1, k_shot=10, n_query=10)).sample(4).support_images.shape
         torch.Size([4, 10, 1])
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1.
     """
 
     amplitude: tuple[float, float] = (0.1, 5.0)
@@ -53,17 +47,6 @@ class SinusoidSampler:
         waves: where the tasks come from.
         spec: `k_shot` and `n_query` of each task; one number is asked for, so `n_way` is 1.
         seed: where the stream of tasks begins.
-
-    Raises:
-        ValueError: if `n_way` is not 1.
-
-    Example:
-        >>> episode = SinusoidSampler(Sinusoids(), EpisodeSpec(1, 5, 20)).sample(2)
-        >>> episode.query_labels.shape, episode.n_way
-        (torch.Size([2, 20, 1]), 1)
-
-    Reference:
-        Finn, Abbeel & Levine (2017), section 5.1.
     """
 
     def __init__(self, waves: Sinusoids, spec: EpisodeSpec, *, seed: int = 0) -> None:
@@ -81,11 +64,7 @@ class SinusoidSampler:
         self.generator.set_state(state["generator"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks: `images` are the `x` and `labels` the `y`, `[task, point, 1]`.
-
-        Raises:
-            ValueError: if `n_tasks` is not positive.
-        """
+        """Draw the next `n_tasks` tasks: `images` are the `x` and `labels` the `y`, `[task, point, 1]`."""
         return self.sample_with_waves(n_tasks)[0]
 
     def sample_with_waves(self, n_tasks: int) -> tuple[Episode, Float[Tensor, "task 2"]]:

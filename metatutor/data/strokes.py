@@ -302,7 +302,7 @@ class Strokes:
     def load(
         cls, n_alphabets: int = 50, characters_per_alphabet: int = 30, drawings: int = 20, seed: int = 0
     ) -> Strokes:
-        """Draw the first `n_alphabets` of the endless alphabets of `seed`.
+        """Draw the first `n_alphabets` of the endless alphabets of `seed`; every pixel is the same on every platform.
 
         An alphabet does not depend on how many are drawn, nor a character on how many follow it.
 
@@ -311,20 +311,6 @@ class Strokes:
             characters_per_alphabet: how many characters in each; the more, the more alike some of them are.
             drawings: how many of each character, each by another hand.
             seed: another seed, other alphabets.
-
-        Returns:
-            All characters, on the CPU; the same to the last pixel on every platform.
-
-        Raises:
-            ValueError: if a size is not a positive integer.
-
-        Example:
-            >>> few, more = Strokes.load(2, 3, 4), Strokes.load(3, 3, 4)
-            >>> bool((few.images == more.images[:6]).all())
-            True
-
-        Reference:
-            Lake, Salakhutdinov and Tenenbaum (2015), figure 3: types are invented first, then each is drawn anew.
         """
         sizes = {"n_alphabets": n_alphabets, "characters_per_alphabet": characters_per_alphabet, "drawings": drawings}
         for name, size in sizes.items():
@@ -342,24 +328,12 @@ class Strokes:
     def split(self, *, seed: int = 0, rotations: bool = True) -> Splits:
         """Part the alphabets, whole, into meta-training (about two thirds), meta-validation and meta-test classes.
 
+        The split's id is `strokes-0-50x30-0` for example (seed of the alphabets, alphabets × characters, seed of the
+        split); `strokes-0-50x30-0-upright` without rotations.
+
         Args:
             seed: another seed, another split.
             rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split.
-
-        Returns:
-            The three splits and their id, `strokes-0-50x30-0` for example (seed of the alphabets, alphabets ×
-            characters, seed of the split); `strokes-0-50x30-0-upright` without rotations.
-
-        Raises:
-            ValueError: if there are fewer than three alphabets.
-
-        Example:
-            >>> splits = Strokes.load(n_alphabets=5, characters_per_alphabet=4, drawings=2).split()
-            >>> [len(classes) for classes in splits], splits.id
-            ([48, 16, 16], 'strokes-0-5x4-0')
-
-        Reference:
-            Whole alphabets: Lake, Salakhutdinov and Tenenbaum (2015), background and evaluation sets.
         """
         n = len(self.alphabets)
         if n < 3:

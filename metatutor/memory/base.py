@@ -15,19 +15,8 @@ Labels = Int[Tensor, "task support"]
 class MemoryLearner(EmbeddingLearner):
     """Puts the support set into a memory, and answers the query images from it; no query sees another.
 
-    A label is something that such a method reads, so that it is made for tasks of `n_way` classes.
-
-    Args:
-        network: the embedding (see `EmbeddingLearner`).
-        n_way: classes in a task.
-        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
-        finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if an episode has other ways.
-
-    Reference:
-        Santoro et al. (2016), section 2.
+    A label is something that such a method reads, so that it is made for tasks of `n_way` classes. For the other
+    arguments see `EmbeddingLearner`.
     """
 
     def __init__(

@@ -18,19 +18,8 @@ N_LETTERS = 5  # letters in a string, and letters of the alphabet
 class Codes:
     """How labels are written for a batch of tasks: one-hot, or as the letters of each class's string.
 
-    Args:
-        strings: the letters of every class of every task, or None: one-hot.
-        dtype: of the codes.
-        n_way: classes in a task, for one-hot.
-
-    Example:
-        >>> Codes(None, torch.float32, 3).of(torch.tensor([[2, 0]])).tolist()
-        [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
-        >>> Codes(torch.tensor([[[0, 0, 0, 0, 4], [0, 0, 0, 0, 3]]]), torch.float32).of(torch.tensor([[1]])).shape
-        torch.Size([1, 1, 25])
-
-    Reference:
-        Santoro et al. (2016), section 4.1.2.
+    With strings, a code is one one-hot letter after the other, and `n_way` is not needed: Santoro et al. (2016),
+    section 4.1.2.
     """
 
     def __init__(self, strings: Int[Tensor, "task way letter"] | None, dtype: torch.dtype, n_way: int = 0) -> None:
@@ -60,26 +49,9 @@ class Codes:
 
 
 def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
-    """A string of five letters for each class of each task: distinct within a task, and random.
+    """A string of five letters, from 0 to 4, for each class of each task: distinct within a task, and random.
 
     They are drawn from a generator that the order of the task's labels seeds, so that a task is always written alike.
-
-    Args:
-        labels: of each task's support set, in order.
-        n_way: classes in a task.
-
-    Returns:
-        Letters, from 0 to 4.
-
-    Raises:
-        ValueError: if there are more classes than strings.
-
-    Example:
-        >>> strings(torch.tensor([[0, 1], [1, 0]]), n_way=2).shape
-        torch.Size([2, 2, 5])
-
-    Reference:
-        Santoro et al. (2016), section 4.1.2.
     """
     n_strings = N_LETTERS**N_LETTERS
     if n_way > n_strings:

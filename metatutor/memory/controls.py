@@ -1,7 +1,4 @@
-"""Two controls that have no memory to write: what a memory is worth is what it adds to them.
-
-`PlainLSTM` remembers in its own state, `FeedForward` not at all.
-"""
+"""Two controls that have no memory to write: what a memory is worth is what it adds to them."""
 
 from __future__ import annotations
 
@@ -50,10 +47,6 @@ class PlainLSTM(_Control):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
-
     Example:
         >>> import torch
         >>> from metatutor import Episode
@@ -101,10 +94,6 @@ class FeedForward(_Control):
         labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
 
     Example:
         >>> import torch

@@ -18,16 +18,7 @@ EPSILON = 1e-8
 
 
 class Memory(NamedTuple):
-    """What a MANN knows of its tasks: the controller's state, and the memory with its bookkeeping.
-
-    Example:
-        >>> from metatutor.backbones import Pixels
-        >>> MANN(Pixels(20), slots=16, width=4).start(2).matrix.shape
-        torch.Size([2, 16, 4])
-
-    Reference:
-        Santoro et al. (2016), section 3.
-    """
+    """What a MANN knows of its tasks: the controller's state, and the memory with its bookkeeping."""
 
     h: Float[Tensor, "task hidden"]
     cell: Float[Tensor, "task hidden"]
@@ -70,10 +61,6 @@ class MANN(StreamLearner):
         labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
 
     Example:
         >>> from metatutor import Episode
@@ -162,18 +149,11 @@ class MANN(StreamLearner):
 
 
 def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "task head slot"]:
-    """For each head a slot of its own, marked by 1: the least used one, the next, and so on; of equals the first.
-
-    Args:
-        usage: of every slot.
-        heads: how many slots are needed.
+    """For each head a slot of its own, marked by 1: the least used one, the next, …; of equals the first (equation 6).
 
     Example:
         >>> least_used(torch.tensor([[0.3, 0.1, 0.2]]), heads=2).tolist()
         [[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]]
-
-    Reference:
-        Santoro et al. (2016), equation 6.
     """
     slots = usage.sort(stable=True).indices[:, :heads]
     return F.one_hot(slots, usage.shape[1]).to(usage.dtype)
@@ -185,21 +165,12 @@ def write(
     weights: Float[Tensor, "task head slot"],
     keys: Float[Tensor, "task head width"],
 ) -> Float[Tensor, "task slot width"]:
-    """The memory with its least used slots wiped, and every head's key added by its weights.
-
-    Args:
-        matrix: the memory.
-        unused: see `least_used`.
-        weights: of writing.
-        keys: what is written.
+    """The memory, its least used slots wiped and every head's key added by its weights (equation 8 and before).
 
     Example:
         >>> one = torch.tensor([[[0.0, 1.0]]])
         >>> write(torch.ones(1, 2, 3), one, one, torch.full((1, 1, 3), 0.5)).tolist()
         [[[1.0, 1.0, 1.0], [0.5, 0.5, 0.5]]]
-
-    Reference:
-        Santoro et al. (2016), equation 8 and the sentence before it.
     """
     return torch.baddbmm(matrix * (1 - unused.sum(1))[..., None], weights.mT, keys)
 
@@ -207,18 +178,11 @@ def write(
 def cosine(
     keys: Float[Tensor, "task head width"], matrix: Float[Tensor, "task slot width"]
 ) -> Float[Tensor, "task head slot"]:
-    """The cosine of every key with every row of the memory; 0 with an empty row.
-
-    Args:
-        keys: what is looked for.
-        matrix: the memory.
+    """The cosine of every key with every row of the memory; 0 with an empty row (equation 2).
 
     Example:
         >>> cosine(torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 3.0]]])).tolist()
         [[[1.0, 0.0]]]
-
-    Reference:
-        Santoro et al. (2016), equation 2.
     """
     lengths = keys.norm(dim=-1).clamp_min(EPSILON)[..., None] * matrix.norm(dim=-1).clamp_min(EPSILON)[:, None]
     return keys @ matrix.mT / lengths

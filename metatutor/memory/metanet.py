@@ -17,18 +17,7 @@ from metatutor.memory.base import MemoryLearner, check_sizes
 
 
 class FastMemory(NamedTuple):
-    """What a task has left in the memory: fast weights of the base learner, each under the key of its image.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> learner = MetaNet(ConvNet(filters=8))
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner.memory(Episode(images, labels, images, labels, n_way=5)).keys.shape
-        torch.Size([2, 5, 64])
-
-    Reference:
-        Munkhdalai & Yu (2017), section 3: the memories M and R.
-    """
+    """What a task left in the memories M and R: fast weights of the base learner, each under its image's key."""
 
     keys: Float[Tensor, "task support hidden"]
     fast: dict[str, Tensor]  # by name of the base learner's weights, [task, support, ...]
@@ -66,9 +55,6 @@ class MetaNet(MemoryLearner):
         n_gradients: support images whose gradients make `u`'s fast weights: the first ones.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if an episode has other ways.
 
     Example:
         >>> from metatutor import ConvNet
@@ -170,9 +156,6 @@ class MetaNet(MemoryLearner):
 def centred(weights: Float[Tensor, "... output input"]) -> Float[Tensor, "... output input"]:
     """The weights of a layer less their mean.
 
-    Args:
-        weights: of one layer, or of many.
-
     Example:
         >>> centred(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).tolist()
         [[-2.0, -1.0], [0.0, 3.0]]
@@ -181,23 +164,7 @@ def centred(weights: Float[Tensor, "... output input"]) -> Float[Tensor, "... ou
 
 
 class TwoLayers(nn.Module):
-    """Two fully connected layers without biases, that fast weights can stand beside.
-
-    Args:
-        n_inputs: numbers that go in.
-        hidden_size: of the first layer.
-        n_outputs: numbers that come out.
-
-    Example:
-        >>> layers = TwoLayers(8, 4, 5)
-        >>> nothing = {"first": torch.zeros(4, 8), "last": torch.zeros(5, 4)}
-        >>> slow = layers.slow(dict(layers.named_parameters()), torch.ones(8))
-        >>> torch.equal(layers.with_fast(torch.ones(8), nothing), slow)
-        True
-
-    Reference:
-        Munkhdalai & Yu (2017), section 3.3: layer augmentation.
-    """
+    """Two fully connected layers without biases that fast weights stand beside: layer augmentation (section 3.3)."""
 
     def __init__(self, n_inputs: int, hidden_size: int, n_outputs: int) -> None:
         super().__init__()

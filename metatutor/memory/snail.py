@@ -39,9 +39,6 @@ class SNAIL(MemoryLearner):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
-    Raises:
-        ValueError: if an episode has other ways.
-
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -112,22 +109,11 @@ class SNAIL(MemoryLearner):
 
 
 class Attention(nn.Module):
-    """Appends to each item what it reads from the items that it may see, by the likeness of keys.
+    """Appends to each item what it reads from the items that it may see, by the likeness of keys (figure 2c).
 
-    `read = softmax(query · keys / sqrt(size)) values`. Keys and queries begin as the same function, with weights four
-    times as large as usual, so that from the start like attends to like, and to little else.
-
-    Args:
-        channels: of an item.
-        key_size: numbers in a key.
-        value_size: numbers in a value.
-
-    Example:
-        >>> Attention(8, 4, 6)(torch.rand(2, 5, 8), n_support=3).shape
-        torch.Size([2, 5, 14])
-
-    Reference:
-        Mishra et al. (2018), section 3.1, figure 2c; Vaswani et al. (2017), equation 1.
+    `read = softmax(query · keys / sqrt(size)) values`: Vaswani et al. (2017), equation 1. Keys and queries begin as the
+    same function, with weights four times as large as usual, so that from the start like attends to like, and to little
+    else.
     """
 
     def __init__(self, channels: int, key_size: int, value_size: int) -> None:
@@ -153,19 +139,8 @@ class Attention(nn.Module):
 class TemporalConvolutions(nn.Module):
     """Gated causal convolutions of two taps, 1, 2, 4, … places apart, each seeing the outputs of all before it.
 
-    `out = tanh(filter * items) sigmoid(gate * items)`, appended to the items.
-
-    Args:
-        channels: of an item.
-        length: of the sequence that the last one must see.
-        filters: outputs of each.
-
-    Example:
-        >>> TemporalConvolutions(8, length=6, filters=4)(torch.rand(2, 7, 8), n_support=5).shape
-        torch.Size([2, 7, 20])
-
-    Reference:
-        Mishra et al. (2018), section 3.1, figures 2a and 2b.
+    `out = tanh(filter * items) sigmoid(gate * items)`, appended to the items (figures 2a and 2b); the last one sees
+    `length` items.
     """
 
     def __init__(self, channels: int, length: int, filters: int) -> None:
@@ -185,19 +160,11 @@ class TemporalConvolutions(nn.Module):
 
 
 def visible(n_items: int, n_support: int, device: torch.device) -> Bool[Tensor, "place seen"]:
-    """Which items each item may look at: itself and the support items before it.
-
-    Args:
-        n_items: support and query items.
-        n_support: how many are support; all others stand at the place behind them.
-        device: of the result.
+    """Which items each item may look at: itself and the support items before it; query items stand behind all of these.
 
     Example:
         >>> visible(4, 2, torch.device("cpu")).int().tolist()
         [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 1]]
-
-    Reference:
-        Mishra et al. (2018), section 3.1.
     """
     places = torch.arange(n_items, device=device)
     before = places < places.clamp_max(n_support)[:, None]
@@ -209,17 +176,9 @@ def earlier(items: Sequence, distance: int, n_support: int) -> Sequence:
 
     Query items stand side by side at place `n_support`.
 
-    Args:
-        items: support, then query items.
-        distance: at least 1.
-        n_support: how many are support.
-
     Example:
         >>> earlier(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), 1, n_support=2).flatten().tolist()
         [0.0, 1.0, 2.0, 2.0]
-
-    Reference:
-        Mishra et al. (2018), section 3.1: causal convolutions.
     """
     n_query = items.shape[1] - n_support
     support = F.pad(items[:, :n_support], (0, 0, distance, 0))  # place p stands at p + distance

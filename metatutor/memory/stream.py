@@ -25,25 +25,8 @@ class StreamLearner(MemoryLearner):
     begins anew with every stream. `meta_loss` is the mean loss over the support set as a stream; `answer`
     asks each query image of the state that the stream has left, with the label of the last support image.
 
-    Args:
-        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
-        n_way: classes in a task.
-        labels: how a label is written: `"one-hot"`, or `"letters"`, a random string of five letters out of five for
-            each class of each task, which takes any number of classes.
-        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
-        finetune_lr: learning rate of fine-tuning.
-
-    Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
-
-    Example:
-        >>> from metatutor.backbones import Pixels
-        >>> from metatutor.memory import PlainLSTM
-        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> episode = Episode(images, labels, images, labels, n_way=5)
-        >>> PlainLSTM(Pixels(20)).stream_answers(episode).shape
-        torch.Size([2, 5])
+    Labels are written `"one-hot"`, or as `"letters"`, a random string of five letters out of five for each class of a
+    task, which takes any number of classes. The network embeds each image by itself, as `Pixels` does.
 
     Reference:
         Santoro et al. (2016), section 2.2 and figure 1; strings of letters: section 4.1.2.
@@ -141,11 +124,7 @@ class StreamLearner(MemoryLearner):
         return state, torch.stack(answers, dim=1)
 
     def codes(self, episode: Episode) -> Codes:
-        """How the labels of these tasks are written.
-
-        Raises:
-            ValueError: if the episode has other ways than this learner.
-        """
+        """How the labels of these tasks are written."""
         self.check_ways(episode)
         if self.labels == "letters":
             return Codes(strings(episode.support_labels, self.n_way), self.dtype)
@@ -160,25 +139,15 @@ class StreamLearner(MemoryLearner):
 def shift_labels(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
     """What is told at every step of a stream: the label of the image before; nothing at the first.
 
-    Args:
-        codes: of the label of every image.
-
     Example:
         >>> shift_labels(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
         [[[0.0, 0.0], [1.0, 0.0]]]
-
-    Reference:
-        Santoro et al. (2016), section 2.2.
     """
     return F.pad(codes, (0, 0, 1, 0))[:, :-1]
 
 
 def instances(labels: Int[Tensor, "task time"], n_way: int) -> Int[Tensor, "task time"]:
     """How many images of the same class came before each image of a stream.
-
-    Args:
-        labels: of the stream.
-        n_way: classes in a task.
 
     Example:
         >>> instances(torch.tensor([[1, 0, 1, 1, 0]]), n_way=2).tolist()

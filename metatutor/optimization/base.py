@@ -35,9 +35,6 @@ class AdaptingLearner(NetworkLearner):
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
         inner_loss: what the inner loop descends, if that is another.
 
-    Raises:
-        ValueError: if an episode has other ways than the network has outputs.
-
     Example:
         Gradient descent with momentum as the inner loop; the state is the velocity.
 
@@ -135,14 +132,9 @@ class AdaptingLearner(NetworkLearner):
         return {name: p for name, p in super().meta_parameters().items() if name not in fixed}
 
     def adapt(self, episode: Episode, inner_steps: int | None = None) -> Parameters:
-        """The adapted parameters of every task, `[task, ...]` by name.
+        """The adapted parameters of every task, `[task, ...]` by name, after the steps of its mode, or so many.
 
-        Args:
-            episode: its support set is all that is read.
-            inner_steps: steps of adaptation; default: those of training or of evaluation mode.
-
-        Returns:
-            Name to tensor; parameters that the inner loop leaves alone are the shared ones, repeated.
+        Only the support set is read. Parameters that the inner loop leaves alone are the shared ones, repeated.
         """
         return self._last_steps(episode, inner_steps, keep=1)[-1]
 
@@ -173,11 +165,7 @@ class AdaptingLearner(NetworkLearner):
         return {n: p.expand(n_tasks, *p.shape) for n, p in initial.items()}
 
     def head_names(self) -> list[str]:
-        """The names of the last layer's parameters in the network.
-
-        Raises:
-            ValueError: if the network has no last layer, it is not known, or frozen.
-        """
+        """The names of the last layer's parameters in the network; a ValueError if there are none that could adapt."""
         prefix, every = self.network.head_prefix, self.network.named_parameters(remove_duplicate=False)
         of_head = {p for n, p in every if prefix and n.startswith(prefix)}  # which may be tied to others
         names = [n for n, p in self.network.named_parameters() if p in of_head and p.requires_grad]
@@ -196,11 +184,7 @@ class AdaptingLearner(NetworkLearner):
     ) -> tuple[Float[Tensor, " task"], Parameters]:
         """Each task's loss on its support set, and the gradient of that in its own parameters; also under `no_grad`.
 
-        Args:
-            parameters: of every task, `[task, ...]` by name.
-            episode: its support set is all that is read.
-            moving: the names to differentiate in; default: all.
-            create_graph: whether the gradients are to be differentiated in turn.
+        `moving` names the parameters to differentiate in, all by default; `create_graph`: to be differentiated in turn.
         """
         outside = torch.is_grad_enabled()
         with torch.enable_grad():

@@ -16,21 +16,10 @@ _ACTIVATION_BYTES, _KEPT_BYTES = 128 * 2**20, 64 * 2**20  # measured with benchm
 
 
 def tasks_that_fit(episode: Episode, network: Network, copies_kept: int = 0) -> int:
-    """How many tasks of an episode are best adapted side by side.
+    """How many tasks of an episode are best adapted side by side, each keeping so many copies of its parameters.
 
-    On a GPU all; on a CPU as many as keep the largest activation within 128 MiB, and the copies of parameters within
-    64 MiB. Parts are then as equal as can be, and as few: larger ones would cost more in page faults than they save.
-
-    Args:
-        episode: a batch of tasks.
-        network: what all their images go through.
-        copies_kept: how many copies of the network's parameters are kept for each task at a time.
-
-    Example:
-        >>> from metatutor import ConvNet
-        >>> images, labels = torch.rand(5, 2, 1, 28, 28), torch.arange(2).repeat(5, 1)
-        >>> tasks_that_fit(Episode(images, labels, images), ConvNet(2))
-        5
+    On a GPU all; on a CPU as many as keep the largest activation within 128 MiB, and the copies of parameters within 64
+    MiB. Parts are then as equal as can be, and as few: larger ones would cost more in page faults than they save.
     """
     if episode.query_images.device.type != "cpu":
         return len(episode)
@@ -44,19 +33,10 @@ def tasks_that_fit(episode: Episode, network: Network, copies_kept: int = 0) -> 
 
 
 class Compiled:
-    """A function of tensors, traced once for every set of shapes, and compiled.
+    """A function of tensors, traced once for every set of shapes, and compiled; a ValueError if that cannot be.
 
     Tracing sees through `autograd.grad` and `vmap`: what is compiled is the whole of it, as one graph of products and
     sums. Whatever the function reads besides its tensors is fixed at the first call.
-
-    Args:
-        function: of tensors, returning tensors.
-
-    Raises:
-        ValueError: when called, if it cannot be traced or compiled.
-
-    Reference:
-        Ansel et al. (2024), PyTorch 2.
     """
 
     def __init__(self, function: Callable[..., Sequence[Tensor]]) -> None:

@@ -51,9 +51,6 @@ class ImplicitMAML(AdaptingLearner):
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
         inner_loss: what the inner loop descends, if that is another.
 
-    Raises:
-        ValueError: if an episode has other ways than the network has outputs.
-
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -157,21 +154,12 @@ def like(of_tasks: Shaped[Tensor, " task"], parameter: Tensor) -> Tensor:
 def conjugate_gradient(product: Callable[[Vectors], Vectors], right: Vectors, steps: int) -> Vectors:
     """Solve `A x = right` for every task at once, from `x = right`, given products with the symmetric `A`.
 
-    Args:
-        product: maps `[task, n]` to `A` times each.
-        right: the right-hand sides.
-        steps: as many as there are dimensions give the solution, up to rounding, if `A` is positive definite.
-
-    Returns:
-        `x`, `[task, n]`.
+    As many steps as there are dimensions give the solution, up to rounding, if `A` is positive definite.
 
     Example:
         >>> a = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
         >>> conjugate_gradient(lambda v: v @ a, torch.tensor([[3.0, 4.0]]), steps=2)
         tensor([[1., 1.]])
-
-    Reference:
-        Hestenes & Stiefel (1952).
     """
     solution = right
     if not steps:
