@@ -174,6 +174,9 @@ class ConvNet(Embedding):
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
+    Raises:
+        ValueError: if a size is not positive, an option is unknown, or the image is too small for the blocks.
+
     Example:
         >>> network = ConvNet(n_outputs=5)
         >>> network(torch.rand(2, 1, 28, 28)).shape
@@ -350,6 +353,9 @@ def backbone(
         features: the name of the layer whose outputs are the feature maps that `Relation` compares.
         image_shape: channels, height and width, from which the lengths of embeddings and feature maps are found where
             nothing else tells them.
+
+    Raises:
+        ValueError: if a layer of that name is missing.
 
     Example:
         >>> network = backbone(nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 5)))

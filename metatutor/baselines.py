@@ -83,6 +83,10 @@ class Scratch(_Untrained, NetworkLearner):
         seed: of the initial parameters, from 0.
         loss: of outputs and labels; default: cross-entropy.
 
+    Raises:
+        ValueError: if an episode has other ways than the network has outputs, or
+            it is asked for its `meta_loss`: there is nothing to learn.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -255,6 +259,10 @@ class PretrainedFinetuned(_Pretrained):
         adapt: which parameters are fine-tuned: `"all"` or only the last layer, `"head"`.
         loss: of outputs and labels; default: cross-entropy.
 
+    Raises:
+        ValueError: if the network has not one output for each meta-training class, or
+            the learner is trained on episodes.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -308,6 +316,10 @@ class PretrainedCosine(_Pretrained):
         scale: of the logits; it does not change which is largest.
         loss: of outputs and labels in pretraining; default: cross-entropy.
 
+    Raises:
+        ValueError: if the scale is not positive, the network has not one output for each meta-training class, or
+            the learner is trained on episodes.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
@@ -344,6 +356,9 @@ class NearestPixels(_Untrained):
     """Answers with the class of the support image whose pixels are nearest, by angle.
 
     `logits[c] = max over the support images of class c of cosine(query, support)`, an image being a long vector.
+
+    Raises:
+        ValueError: if it is asked for its `meta_loss`: there is nothing to learn.
 
     Example:
         >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)

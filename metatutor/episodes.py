@@ -24,6 +24,9 @@ class EpisodeSpec:
         n_way: classes in a task, at least 1.
         k_shot: labelled (support) images of each class, at least 1.
         n_query: images of each class to classify (query), at least 1.
+
+    Raises:
+        ValueError: if a size is not a positive integer.
     """
 
     n_way: int = 5
@@ -51,6 +54,10 @@ class ClassImages:
         rotations: whether the three turned copies of each class count as classes.
         counts: how many images, the first ones, each class has, where these are not equally many; what follows them in
             `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
+
+    Raises:
+        ValueError: if images are not uint8 or come channels last, names or counts do not fit them, or rotations are
+            asked of images that are not square.
 
     Example:
         >>> classes = ClassImages(torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b", "c"), rotations=True)
@@ -137,6 +144,10 @@ class Episode:
         query_labels: one label a query image, if they are known; a learner's `forward` never reads them.
         n_way: classes in each task; default: as the support labels say.
 
+    Raises:
+        ValueError: if shapes do not fit, pixels are not floating-point numbers, or labels are not those of `n_way`
+            classes. `learner.predict` takes any labels, and images as they come.
+
     Example:
         >>> images, labels = torch.zeros(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> episode = Episode(images, labels, images, labels, n_way=5)
@@ -194,7 +205,11 @@ class Episode:
         return self._map(lambda tensor: tensor[which])
 
     def task(self, index: int) -> Episode:
-        """Task `index`, counted from 0, alone, as a batch of one."""
+        """Task `index`, counted from 0, alone, as a batch of one.
+
+        Raises:
+            ValueError: if there is no such task.
+        """
         if not 0 <= index < len(self):
             raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
         return self.tasks(slice(index, index + 1))
@@ -212,6 +227,10 @@ class EpisodeSampler:
         classes: where the images come from.
         spec: the shape of the tasks.
         seed: where the stream of tasks begins.
+
+    Raises:
+        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class
+            than `k_shot + n_query`.
 
     Example:
         >>> classes = ClassImages(torch.zeros(8, 20, 1, 28, 28, dtype=torch.uint8), list("abcdefgh"))
@@ -245,7 +264,11 @@ class EpisodeSampler:
         self.order.set_state(state["order"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks."""
+        """Draw the next `n_tasks` tasks.
+
+        Raises:
+            ValueError: if `n_tasks` is not positive.
+        """
         return self.sample_with_classes(n_tasks)[0]
 
     def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:

@@ -61,7 +61,11 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The mean accuracy over all query images; a ValueError if something else was measured."""
+        """The mean accuracy over all query images; a ValueError if something else was measured.
+
+        Raises:
+            ValueError: if something else was measured.
+        """
         if self.metric != "accuracy" or not isinstance(self.mean, float):
             raise ValueError(f"this evaluation has the {self.metric}, see its mean")
         return self.mean
@@ -92,7 +96,11 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
-        """The evaluation that `record` wrote; other keys are passed over."""
+        """The evaluation that `record` wrote; other keys are passed over.
+
+        Raises:
+            ValueError: if a key is missing.
+        """
         metric: Any = next((name for name in _INTERVAL if name in record), "accuracy")
         try:
             rest = {f.name: record[f.name] for f in fields(cls) if f.name not in _NOT_RECORDED}
@@ -148,6 +156,10 @@ def evaluate(
         split: a name for the classes, for the record.
         stream: whether support sets are streams, every image of which is asked before its label is told.
         tasks_per_batch: tasks answered side by side.
+
+    Raises:
+        ValueError: if there are fewer than 2 episodes, the classes are too few for the spec, or the learner was made
+            for other tasks.
 
     Example:
         >>> from metatutor import NearestPixels, Strokes

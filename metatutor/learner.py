@@ -127,6 +127,9 @@ class Learner(Described, nn.Module, ABC):
             support_labels: one label an image, of any kind: names, numbers.
             query_images: the images to name, in the same form.
 
+        Raises:
+            ValueError: if images are of another form, or their labels do not fit; it says what to do.
+
         Example:
             >>> from metatutor import NearestPixels
             >>> black, white = torch.ones(28, 28), torch.eye(28)
@@ -145,7 +148,11 @@ class Learner(Described, nn.Module, ABC):
         return [names[i] for i in answers.tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
-        """The same method with other arguments, the same network and what was learned besides, in evaluation mode."""
+        """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
+
+        Raises:
+            ValueError: if what was learned does not fit the other arguments.
+        """
         network = {"network": self.network} if hasattr(self, "network") else {}
         made = type(self)(**network, **(self.arguments | changes))
         load_parameters(made, self.state_dict(), "the learner")
@@ -169,6 +176,9 @@ def load(path: Path | str, network: nn.Module | None = None) -> Learner:
     Args:
         path: the file.
         network: one of the same architecture, if it is not one of ours; its parameters are replaced.
+
+    Raises:
+        ValueError: if the file is not one of those, or its parameters do not fit.
 
     Example:
         >>> import tempfile

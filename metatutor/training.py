@@ -57,6 +57,9 @@ class TrainConfig:
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
         patience: rows of history without a better validation accuracy after which training ends early; None: never.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     iterations: int = 2000
@@ -146,6 +149,12 @@ def train(
         log_with: a tracker of accelerate, such as `"tensorboard"`, which writes to `folder`.
         device: any that PyTorch knows, such as `"cpu"`, `"cuda:1"` or `"mps"`; default: what accelerate finds.
         progress_bar: whether to show one.
+
+    Raises:
+        TrainingDivergedError: at the first loss that is not finite.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
+        ValueError: if the learner learns nothing, the classes are too few, the device is absent, or the checkpoint in
+            `folder` is of another learner or configuration.
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes

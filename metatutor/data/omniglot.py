@@ -345,6 +345,10 @@ class Omniglot:
             download: whether to fetch what is missing, if neither `root` nor METATUTOR_DATA says where it should be.
             image_size: height and width in pixels, at most the 105 of the originals.
             parts: the archives expected.
+
+        Raises:
+            ValueError: if the data are not there, not whole or not Omniglot, or the cache cannot be written.
+            DownloadError: if no source gives an intact copy.
         """
         _check_size(image_size)
         sources = [_locate(root, part, download) for part in parts]
@@ -376,6 +380,9 @@ class Omniglot:
             seed: another seed, another split.
             rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split,
                 in all three splits, as in the MAML code.
+
+        Raises:
+            ValueError: if the protocol is unknown, or there are too few characters for it.
         """
         generator = torch.Generator().manual_seed(seed)
         if protocol == "random":

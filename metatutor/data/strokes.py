@@ -311,6 +311,9 @@ class Strokes:
             characters_per_alphabet: how many characters in each; the more, the more alike some of them are.
             drawings: how many of each character, each by another hand.
             seed: another seed, other alphabets.
+
+        Raises:
+            ValueError: if a size is not a positive integer.
         """
         sizes = {"n_alphabets": n_alphabets, "characters_per_alphabet": characters_per_alphabet, "drawings": drawings}
         for name, size in sizes.items():
@@ -334,6 +337,9 @@ class Strokes:
         Args:
             seed: another seed, another split.
             rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split.
+
+        Raises:
+            ValueError: if there are fewer than three alphabets.
         """
         n = len(self.alphabets)
         if n < 3:

@@ -47,6 +47,10 @@ class PlainLSTM(_Control):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
+    Raises:
+        ValueError: if the network normalises over several images, or an episode has other
+            ways.
+
     Example:
         >>> import torch
         >>> from metatutor import Episode
@@ -94,6 +98,10 @@ class FeedForward(_Control):
         labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
+
+    Raises:
+        ValueError: if the network normalises over several images, or an episode has other
+            ways.
 
     Example:
         >>> import torch

@@ -62,6 +62,10 @@ class MANN(StreamLearner):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
+    Raises:
+        ValueError: if the network normalises over several images, or an episode has other
+            ways.
+
     Example:
         >>> from metatutor import Episode
         >>> from metatutor.backbones import Pixels

@@ -39,6 +39,9 @@ class SNAIL(MemoryLearner):
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
+    Raises:
+        ValueError: if an episode has other ways.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)

@@ -35,6 +35,9 @@ class Relation(EmbeddingLearner):
         finetune_lr: learning rate of fine-tuning.
         loss: of logits and labels, in place of `objective`.
 
+    Raises:
+        ValueError: if the feature maps are too small, or not known.
+
     Example:
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)

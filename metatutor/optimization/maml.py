@@ -54,6 +54,9 @@ class MAML(AdaptingLearner):
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
         inner_loss: what the inner loop descends, if that is another.
 
+    Raises:
+        ValueError: if an episode has other ways than the network has outputs.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)

@@ -43,6 +43,9 @@ class Reptile(AdaptingLearner):
             same.
         loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
 
+    Raises:
+        ValueError: if an episode has other ways than the network has outputs.
+
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 10, 1, 28, 28), torch.arange(5).repeat(2, 2)
