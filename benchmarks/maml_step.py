@@ -193,7 +193,7 @@ def ordinary(network: ConvNet) -> nn.Sequential:
         layers += [nn.BatchNorm2d(c_out, track_running_stats=False), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if block.stride == 1 else []
     weight = network.get_parameter("head.weight")
-    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(network.embedding_size, len(weight))).to(weight)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(weight.shape[1], len(weight))).to(weight)
     with torch.no_grad():
         for theirs, given in zip(net.parameters(), network.parameters(), strict=True):
             theirs.copy_(given)
