@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from metatutor.allocator import let_threads_sleep
+
 if TYPE_CHECKING:
     from metatutor.backbones import MLP, ConvNet, Pixels, backbone
     from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from metatutor.training import TrainConfig, train
 
 __version__ = "0.1.0"
+
+let_threads_sleep()  # where PyTorch comes later; else it is too late
 
 __all__ = [
     "MAML",

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.allocator import keep_freed_memory_once
+from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.learner import Learner
 
@@ -188,8 +188,9 @@ def evaluate(
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
     keep_freed_memory_once()
     sampler = classes.sampler(spec, seed=seed)
-    values = scores(learner, sampler, n_episodes, stream=stream, tasks_per_batch=tasks_per_batch)
-    first = classes.sampler(spec, seed=seed).sample(1)
+    with limited_threads(threads_for(sum(p.numel() for p in learner.parameters()))):
+        values = scores(learner, sampler, n_episodes, stream=stream, tasks_per_batch=tasks_per_batch)
+        transductive = is_transductive(learner, classes.sampler(spec, seed=seed).sample(1))
     metric = "accuracy_by_instance" if stream else "mse_by_step" if values.dim() > 1 else "accuracy"
     return Evaluation(
         metric=metric,
@@ -202,7 +203,7 @@ def evaluate(
         split=split,
         seed=seed,
         normalization=learner.normalization,
-        transductive=is_transductive(learner, first),
+        transductive=transductive,
         values=values,
     )
 

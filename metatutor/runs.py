@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor
 
-from metatutor.allocator import peak_memory_mib
+from metatutor.allocator import limited_threads, peak_memory_mib, threads_for
 from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
 from metatutor.data import Splits
 from metatutor.episodes import ClassImages, EpisodeSpec
@@ -344,12 +344,15 @@ def _write_evaluations(folder: Path, about: dict[str, Any]) -> None:
 
 
 def _about(learner: Learner, history: list[Row]) -> dict[str, Any]:
+    n_parameters = sum(p.numel() for p in learner.parameters())
+    with limited_threads(threads_for(n_parameters)):
+        device = device_name(learner.device)
     return {
         "train_seconds": round(history[-1]["seconds"], 1) if history else 0.0,
         "train_iterations": int(history[-1]["iteration"]) if history else 0,
-        "device": device_name(learner.device),
+        "device": device,
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in learner.parameters()),
+        "parameters": n_parameters,
         "peak_memory_mib": peak_memory_mib(),
     }
 

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metatutor.allocator import keep_freed_memory_once
+from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.files import replacing
 from metatutor.learner import Learner, load_parameters
@@ -190,7 +190,8 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(descent, schedule or partial(_rate, config=config))
     state = _State(learner, descent, scheduler, sampler, config, _Progress())
     main, folder = accelerator.is_main_process, None if folder is None else Path(folder)
-    with torch.random.fork_rng(), _stop_flag() as stop:
+    threads = threads_for(sum(p.numel() for p in learner.parameters()))
+    with torch.random.fork_rng(), _stop_flag() as stop, limited_threads(threads):
         torch.manual_seed(config.seed)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

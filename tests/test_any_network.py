@@ -17,6 +17,7 @@ from torchvision.models import resnet18
 
 from metatutor.backbones import MLP, backbone
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
+from metatutor.functional import Parameters
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
 from metatutor.optimization.base import AdaptingLearner
 from metatutor.training import TrainConfig, accumulate, train
@@ -308,7 +309,7 @@ def test_dropout_is_chance_in_training_only(random_episode: Episodes, method: st
     episode, learner = random_episode(), learner_of(method, with_dropout())
     gradients = [outer_step(learner, episode)["network.module.1.weight"] for _ in range(2)]
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
-    assert not close(*gradients, 1e-3)
+    assert not close(gradients[0], gradients[1], 1e-3)
     assert not close(learner(episode), learner(episode), 1e-3)
     assert torch.equal(learner.eval()(episode), learner(episode))
     images, labels = (t[:1].expand_as(t) for t in (episode.support_images, episode.support_labels))
@@ -386,7 +387,7 @@ def test_tied_parameters_stay_tied(random_episode: Episodes):
     for images, labels, queries, wanted in zip(
         episode.support_images, episode.support_labels, episode.query_images, episode.query_labels, strict=True
     ):
-        own = dict(network.named_parameters())
+        own: Parameters = dict(network.named_parameters())
         assert len(own) == 5
         for _ in range(2):
             loss = F.cross_entropy(functional_call(network, own, (images,)), labels)
@@ -404,7 +405,7 @@ def test_every_method_takes_tied_parameters(random_episode: Episodes, method: st
     optimizer = torch.optim.SGD(learner.meta_parameters().values(), lr=0.1)
     assert outer_step(learner, episode)["network.module.body.weight"].any()
     optimizer.step()
-    module = learner.network.module
+    module: Any = learner.network.module
     assert module.head.weight is module.body.weight
     again = learner_of(method, Tied()).eval()
     again.load_state_dict(learner.state_dict())

@@ -81,8 +81,8 @@ class OneWeight(MLP):
         del self.head
         self.weight = nn.Parameter(torch.tensor([weight], dtype=torch.float64))
 
-    def forward(self, inputs: Tensor, n_support: int | None = None) -> Tensor:
-        return inputs * self.weight
+    def forward(self, images: Tensor, n_support: int | None = None) -> Tensor:
+        return images * self.weight
 
 
 def closed_form(learner: ImplicitMAML, episode: Episode) -> tuple[Tensor, Tensor]:
@@ -201,7 +201,7 @@ def test_a_network_against_the_gradient_through_all_steps(
     adapted = {n: small(inner_steps=n, **options).adapt(episode) for n in (5, 60)}
 
     def error(inner_steps: int, cg_steps: int) -> float:
-        learner = small(cg_steps=cg_steps, **options)
+        learner: Any = small(cg_steps=cg_steps, **options)
         learner.adapt = lambda *_: adapted[inner_steps]  # which takes most of the time
         return distance(gradient_of(learner, episode), exact)
 

@@ -174,7 +174,7 @@ def test_a_frozen_layer_has_no_state(random_episode: Episodes):
         accumulate(learner, episode)
         learner.after_step()
         steps.append(before != state(learner))
-    n_blocks = sum(p.numel() for p in learner.network.blocks.parameters())
+    n_blocks = sum(p.numel() for n, p in learner.network.named_parameters() if n.startswith("blocks."))
     assert [step[:n_blocks].any().item() for step in steps] == [True, False, True]
     assert all(step[n_blocks:].any() for step in steps)
 

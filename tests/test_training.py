@@ -744,6 +744,22 @@ def test_a_second_ctrl_c_does_not_wait():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+# --- threads ---------------------------------------------------------------------------------------------------
+
+
+def test_small_networks_train_on_one_thread_and_the_process_gets_its_own_back():
+    program = (
+        "import metatutor, sys; assert 'torch' not in sys.modules; import torch; torch.set_num_threads(2);"
+        "from metatutor import *; c, s, n = Strokes.load(3, 6, 3).split().train, EpisodeSpec(5, 1, 1), [];"
+        "note = [lambda *_: n.append(torch.get_num_threads())]; t = TrainConfig(iterations=1, tasks_per_step=1);"
+        "[train(MAML(ConvNet(5, filters=f)), c, s, t, progress_bar=False, callbacks=note) for f in (4, 64)];"
+        "from metatutor.allocator import usable_cpus; assert n == [1, min(2, usable_cpus())], n;"
+        "assert torch.get_num_threads() == 2"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+
+
 # --- other processes -------------------------------------------------------------------------------------------
 # This file is also the program that they run: `test_training.py MODE FOLDER`.
 
