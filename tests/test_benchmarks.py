@@ -146,8 +146,8 @@ def test_rows_of_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_other_programs_run_within_and_no_longer() -> None:
     with threads.others(2):
-        running = Process().children()
-        assert len([other for other in running if "while True: pass" in other.cmdline()]) == 2
+        running = [child for child in Process().children() if "while True: pass" in child.cmdline()]
+        assert len(running) == 2
     assert not any(other.is_running() for other in running)
 
 
