@@ -8,6 +8,8 @@ endif
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := build/oldest
+OLDEST_PYTHON ?= python3.11
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTED := _build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
@@ -17,13 +19,16 @@ BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a
 export METATUTOR_PRESET ?= fast
 export JUPYTER_PREFER_ENV_PATH := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads that wait for each other sleep: spinning ones starve those that work where cores are busy.
+export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 1000
 
 NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	echo "metatutor needs Python 3.11 or later; install it, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
 	exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit notebooks book links format benchmarks tables stamp clean
+.PHONY: help venv test lint types unit oldest notebooks book links format benchmarks tables stamp clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +55,15 @@ types: $(INSTALLED)
 
 unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
 	$(BIN)/python -m pytest -q --numprocesses auto --durations=10
+
+oldest: $(OLDEST)/.installed ## only the unit tests, with the oldest packages that pyproject.toml allows
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --durations=10
+
+$(OLDEST)/.installed: pyproject.toml
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable '.[chapters,book,dev]'
+	@touch $@
 
 notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show is kept for the book
 

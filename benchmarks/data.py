@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 import zipfile
@@ -31,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from metatutor.allocator import peak_memory_mib
 from metatutor.data import Omniglot
 from metatutor.data.omniglot import info
 from metatutor.episodes import EpisodeSampler, EpisodeSpec
@@ -77,14 +76,6 @@ class Episodes(Dataset):
         return 1 - torch.from_numpy(np.asarray(grey, dtype=np.float32)).unsqueeze(0) / 255
 
 
-def peak_mib() -> float:
-    """The peak memory of this process; Linux counts it from the start of the program, not of its parent."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
 def milliseconds(run: Callable[[], object], times: int, windows: int = 1) -> float:
     """The time of one run in the best of a few windows of several runs: other programs only ever slow it down."""
 
@@ -98,13 +89,13 @@ def milliseconds(run: Callable[[], object], times: int, windows: int = 1) -> flo
 
 
 def load(root: Path | None) -> tuple[float, float]:
-    return milliseconds(lambda: Omniglot.load(root), times=1), peak_mib()
+    return milliseconds(lambda: Omniglot.load(root), times=1), peak_memory_mib()
 
 
 def sample(root: Path | None, batches: int) -> tuple[float, float]:
     sampler = EpisodeSampler(Omniglot.load(root).split().train, SPEC)
     milliseconds(lambda: sampler.sample(TASKS), times=3)
-    return milliseconds(lambda: sampler.sample(TASKS), batches, windows=WINDOWS), peak_mib()
+    return milliseconds(lambda: sampler.sample(TASKS), batches, windows=WINDOWS), peak_memory_mib()
 
 
 def open_pngs(folders: list[Path], batches: int, workers: int) -> tuple[float, float]:
@@ -113,7 +104,7 @@ def open_pngs(folders: list[Path], batches: int, workers: int) -> tuple[float, f
     loader = DataLoader(Episodes(characters, tasks), batch_size=TASKS, num_workers=workers)
     stream = iter(loader)
     milliseconds(lambda: next(stream), times=2)
-    return milliseconds(lambda: next(stream), batches, windows=WINDOWS), peak_mib()
+    return milliseconds(lambda: next(stream), batches, windows=WINDOWS), peak_memory_mib()
 
 
 def alone(measure: Callable[..., tuple[float, float]], *args: object) -> tuple[float, float]:

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,9 +21,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from psutil import Process
 from torch import Tensor, nn
 
-from metatutor.allocator import keep_freed_memory
+from metatutor.allocator import keep_freed_memory, peak_memory_mib
 
 TOLERANCE = 1e-8  # of the float64 gradients, relative to the greatest entry of each parameter's gradient
 
@@ -174,12 +174,7 @@ def memory_mib(device: str, peak: bool = False) -> float:
     """Memory of this process, now or at its peak; on a GPU, that of its tensors."""
     if device != "cpu":
         return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss, which a process inherits from its parent
-        return int(status.read_text().split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return peak_memory_mib() if peak else Process().memory_info().rss / 2**20
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from pathlib import Path, PurePosixPath
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _GLIBC_DEFAULT, _KEEP = 128 * 1024, 2**30
-_ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # every OpenMP; GNU's, which first looks 1,000 times
+ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # every OpenMP; GNU's, which first looks 1,000 times
 _SMALL = 50_000  # parameters: Conv-4 has 29,000 with 32 filters, 113,000 with 64
 
 
@@ -85,9 +85,9 @@ def _peak_resident_bytes() -> int:
 
 def let_threads_sleep() -> bool:
     """Have OpenMP's waiting threads sleep, unless the environment says how they wait; False where it has no effect."""
-    if "torch" in sys.modules or _ASLEEP.keys() & os.environ.keys():
+    if "torch" in sys.modules or ASLEEP.keys() & os.environ.keys():
         return False
-    os.environ.update(_ASLEEP)
+    os.environ.update(ASLEEP)
     return True
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class TaskMap:
 
     def __call__(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
         """What the function makes of every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
+        with _differentiable_attention():
+            return self._of_tasks(function, *trees)
+
+    def _of_tasks(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
         if self.side_by_side:
             try:
                 return vmap(function, randomness="different")(*trees)
@@ -40,6 +45,17 @@ class TaskMap:
                 reason = str(error).strip().partition("\n")[0][:160]
                 warnings.warn(f"tasks are computed one by one, since vmap cannot: {reason}", stacklevel=3)
         return one_by_one(function, *trees)
+
+
+@contextmanager
+def _differentiable_attention() -> Iterator[None]:
+    """PyTorch's Transformer layers have a short cut for evaluation that has no derivatives; under `vmap` it is taken."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def one_by_one(function: Callable[..., Tensor], *trees: Any) -> Tensor:

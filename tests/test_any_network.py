@@ -410,3 +410,12 @@ def test_every_method_takes_tied_parameters(random_episode: Episodes, method: st
     again = learner_of(method, Tied()).eval()
     again.load_state_dict(learner.state_dict())
     assert torch.equal(again(episode), learner.eval()(episode))
+
+
+def test_attention_adapts_in_evaluation_mode(random_episode: Episodes):
+    """PyTorch's short cut for it has no derivatives."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = nn.Sequential(nn.Flatten(1, 2), layer, nn.Flatten(), nn.Linear(64, 3))
+    episode = random_episode(size=8).to(torch.float32)
+    assert MAML(network).eval()(episode).shape == (*episode.query_labels.shape, 3)
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -1,6 +1,7 @@
 """The benchmarks of one step compare like with like. Nothing here looks at times."""
 
 import json
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +14,10 @@ import harness
 import maml_step
 import mann_stream
 import pytest
+import threads
 import torch
 from maml_step import Config, Setting, check, main, plain_loop
+from psutil import Process
 
 SMALL = Config(settings=("strided-1q-1s",), peers=("plain loop",), rounds=1, tasks=2, filters=8)
 
@@ -55,7 +58,7 @@ def test_chunks_of_the_outer_loop_are_measured(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [3]
 
 
-@pytest.mark.parametrize("benchmark", [maml_step, mann_stream])
+@pytest.mark.parametrize("benchmark", [maml_step, mann_stream, threads])
 def test_unknown_names(benchmark: ModuleType) -> None:
     for config, message in (
         (benchmark.Config(peers=("nobody",)), "no such peer: nobody"),
@@ -126,3 +129,33 @@ def test_rows_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     ]
     assert ours["ratio"] == 1.0 and loop["ratio"] == pytest.approx(loop["milliseconds"] / ours["milliseconds"])
     assert "2 streams" in capsys.readouterr().out
+
+
+# --- threads -------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_threads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    threads.main(threads.Config(("4-quiet",), variants=("metatutor-one-thread",), rounds=1, tasks=1, json=file))
+    ours, one = json.loads(file.read_text())
+    assert set(ours) == {"setting", "implementation", "milliseconds", "ratio", "peak_mib"}
+    assert (ours["setting"], ours["implementation"], ours["ratio"]) == ("4-quiet", "metatutor", 1.0)
+    assert one["implementation"] == "metatutor-one-thread"
+    assert "CPUs may be used" in capsys.readouterr().out
+
+
+def test_other_programs_run_within_and_no_longer() -> None:
+    with threads.others(2):
+        running = [child for child in Process().children() if "while True: pass" in child.cmdline()]
+        assert len(running) == 2
+    assert not any(other.is_running() for other in running)
+
+
+@pytest.mark.parametrize(("name", "policy"), [("metatutor", "PASSIVE"), ("metatutor-spinning", None)])
+def test_how_threads_wait_does_not_depend_on_the_user(
+    monkeypatch: pytest.MonkeyPatch, name: str, policy: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with threads.waiting(name):
+        assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
