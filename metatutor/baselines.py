@@ -107,7 +107,7 @@ class Scratch(_Untrained, NetworkLearner):
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
         own = deepcopy(backbone(network)).eval()  # not as a submodule: its parameters are never used
         object.__setattr__(self, "network", own)
-        self.loss, self.each_task = task_loss if loss is None else loss, TaskMap()
+        self.loss, self.map_tasks = task_loss if loss is None else loss, TaskMap()
         self.steps, self.lr, self.seed = steps, lr, seed
 
     @property

@@ -98,7 +98,7 @@ class EmbeddingLearner(NetworkLearner):
 
         Side by side on a GPU; one after the other on a CPU, where one task's activations stay in the cache.
         """
-        return self.each_task(function, *tensors) if tensors[0].is_cuda else one_by_one(function, *tensors)
+        return self.map_tasks(function, *tensors) if tensors[0].is_cuda else one_by_one(function, *tensors)
 
     def finetune(self, task: Episode) -> Parameters:
         """One task's own parameters by name, after gradient descent on `finetune_loss` of its support set."""

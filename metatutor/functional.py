@@ -49,7 +49,7 @@ class TaskMap:
 
 @contextmanager
 def _differentiable_attention() -> Iterator[None]:
-    """PyTorch's Transformer layers have a short cut for evaluation that has no derivatives; under `vmap` it is taken."""
+    """Without the short cut of PyTorch's Transformer layers in evaluation mode, which has no derivatives."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -252,7 +252,7 @@ class NetworkLearner(Learner):
         super().__init__()
         self.network = backbone(network)
         self.loss: Loss = task_loss if loss is None else loss
-        self.each_task = TaskMap()
+        self.map_tasks = TaskMap()
 
     @property
     def transductive(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -277,7 +277,7 @@ class NetworkLearner(Learner):
         def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:
             return of_outputs(functional_call(self.network, own, (images,)), labels)
 
-        return self.each_task(of_task, parameters, episode.support_images, episode.support_labels)
+        return self.map_tasks(of_task, parameters, episode.support_images, episode.support_labels)
 
     def query_logits(self, episode: Episode, parameters: Parameters) -> Float[Tensor, "task query way"]:
         """The logits of the query images; support images are seen only by the `"support"` normalisation."""
@@ -288,4 +288,4 @@ class NetworkLearner(Learner):
             images = torch.cat([support, query])
             return functional_call(self.network, own, (images, len(support)))[len(support) :]
 
-        return self.each_task(of_task, parameters, episode.support_images, episode.query_images)
+        return self.map_tasks(of_task, parameters, episode.support_images, episode.query_images)

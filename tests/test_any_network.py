@@ -239,7 +239,7 @@ def test_what_vmap_cannot_goes_one_by_one_and_is_told_once(
         loss = learner.meta_loss(episode)
         gradients = outer_step(learner, episode)
         assert learner.eval()(episode).isfinite().all()
-        assert not learner.train().each_task.side_by_side
+        assert not learner.train().map_tasks.side_by_side
     assert len(told) == 1
     assert learner.tasks_at_once(episode) == 1
     with warnings.catch_warnings():

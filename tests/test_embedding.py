@@ -74,10 +74,10 @@ def test_tasks_side_by_side_are_tasks_in_turn(
     in_turn, loss = method(tasks), method.meta_loss(tasks)
     assert close(in_turn, torch.cat([method(task) for task in tasks]))
     assert close(loss, torch.stack([method.meta_loss(task) for task in tasks]).mean())
-    monkeypatch.setattr(EmbeddingLearner, "of_tasks", lambda self, *given: self.each_task(*given))
+    monkeypatch.setattr(EmbeddingLearner, "of_tasks", lambda self, *given: self.map_tasks(*given))
     assert close(method(tasks), in_turn)
     assert close(method.meta_loss(tasks), loss)
-    assert method.each_task.side_by_side
+    assert method.map_tasks.side_by_side
 
 
 @policies()

@@ -45,7 +45,7 @@ def recurrent(row: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("function", [with_data_dependent_flow, with_running_statistics, recurrent])
 def test_what_vmap_cannot_is_done_one_by_one_and_told_once(function: Callable[[Tensor], Tensor]):
-    rows, each_task = torch.tensor([[0.5, 0.25], [1.0, 0.75], [3.0, 1.0]]), TaskMap()
+    rows, map_tasks = torch.tensor([[0.5, 0.25], [1.0, 0.75], [3.0, 1.0]]), TaskMap()
 
     def seeded(row: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -53,12 +53,12 @@ def test_what_vmap_cannot_is_done_one_by_one_and_told_once(function: Callable[[T
 
     expected = torch.stack([seeded(row) for row in rows])
     with pytest.warns(UserWarning, match="^tasks are computed one by one, since vmap cannot: ") as told:
-        assert torch.equal(each_task(seeded, rows), expected)
+        assert torch.equal(map_tasks(seeded, rows), expected)
     assert len(told) == 1 and len(str(told[0].message)) < 240
-    assert not each_task.side_by_side
+    assert not map_tasks.side_by_side
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(each_task(seeded, rows), expected)
+        assert torch.equal(map_tasks(seeded, rows), expected)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), ValueError("no"), KeyError("vmap")])
@@ -66,11 +66,11 @@ def test_other_errors_are_not_swallowed(error: Exception):
     def fails(row: Tensor) -> Tensor:
         raise error
 
-    each_task = TaskMap()
+    map_tasks = TaskMap()
     with pytest.raises(type(error)) as raised:
-        each_task(fails, torch.ones(2, 3))
+        map_tasks(fails, torch.ones(2, 3))
     assert raised.value is error
-    assert each_task.side_by_side
+    assert map_tasks.side_by_side
 
 
 def test_an_error_of_the_function_itself_reaches_its_caller_though_it_speaks_of_vmap():

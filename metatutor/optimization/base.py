@@ -124,7 +124,7 @@ class AdaptingLearner(NetworkLearner):
 
     def tasks_at_once(self, episode: Episode) -> int:
         """On a GPU all, on a CPU as many as fit its cache and memory; one where they cannot go side by side."""
-        return tasks_that_fit(episode, self.network) if self.each_task.side_by_side else 1
+        return tasks_that_fit(episode, self.network) if self.map_tasks.side_by_side else 1
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What the outer loop changes, by name."""
