@@ -53,6 +53,9 @@ class AdaptingLearner(NetworkLearner):
         contrastive learner in classification.
     """
 
+    moving: list[str]
+    """The names of the parameters that the inner loop changes."""
+
     def __init__(
         self,
         network: nn.Module,
@@ -79,9 +82,6 @@ class AdaptingLearner(NetworkLearner):
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
         """One output a class of a task."""
         return n_way
-
-    moving: list[str]
-    """The names of the parameters that the inner loop changes."""
 
     @abstractmethod
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
