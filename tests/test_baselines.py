@@ -366,7 +366,8 @@ def test_scratch_normalises_by_the_running_statistics_of_the_task() -> None:
             optimizer.zero_grad()
             F.cross_entropy(alone(episode.support_images[i]), episode.support_labels[i]).backward()
             optimizer.step()
-        torch.testing.assert_close(logits[i], alone.eval()(episode.query_images[i]).detach(), atol=1e-9, rtol=1e-9)
+        expected = alone.eval()(episode.query_images[i]).detach()
+        torch.testing.assert_close(logits[i], expected, atol=1e-8, rtol=1e-8)  # Adam divides by roots of small squares
     assert template.training and all(torch.equal(p, before[n]) for n, p in template.state_dict().items())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -261,13 +262,16 @@ def test_tied_parameters_are_recorded_under_both_names(tmp_path: Path) -> None:
     assert torch.equal(written["one.weight"], written["other.weight"]) and learner.one.weight is learner.other.weight
 
 
+COMPLEX = (lambda w: w.to(torch.complex64), r"is of torch\.complex64, not of torch\.float32")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        *([COMPLEX] if "C64" in safetensors.torch._TYPES else []),  # the oldest safetensors cannot write them
         (lambda w: w.mul(math.nan), "numbers that are not finite"),
         (lambda w: w.div(0), "numbers that are not finite"),
         (lambda w: w.to(torch.int64), r"'network\.head\.weight' is of torch\.int64, not of torch\.float32"),
-        (lambda w: w.to(torch.complex64), r"is of torch\.complex64, not of torch\.float32"),
         (lambda w: w.double(), r"is of torch\.float64, not of torch\.float32"),
         (lambda w: w.bfloat16(), r"is of torch\.bfloat16, not of torch\.float32"),
         (lambda w: w[:3], r"another architecture: 'network\.head\.weight' is \(3, 8\) there and \(5, 8\) here"),
