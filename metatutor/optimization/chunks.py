@@ -51,7 +51,7 @@ class Compiled:
             with torch.no_grad():
                 return self.compiled[shapes](*tensors)
         try:
-            compiled = torch.compile(make_fx(self.function)(*tensors))
+            compiled = torch.compile(make_fx(self.function, _NO_SCATTERING)(*tensors))
             with torch.no_grad():
                 outputs = compiled(*tensors)  # compiles
         except (RuntimeError, TypeError) as error:
@@ -59,3 +59,16 @@ class Compiled:
             raise ValueError(f"this network cannot be compiled ({reason}); leave compiled out") from error
         self.compiled[shapes] = compiled
         return outputs
+
+
+def _scatter_add(into: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """`into.scatter_add(dim, index, source)` as a sum, for few places.
+
+    On a CPU PyTorch compiles the scattering itself to an error (2.6), or to writes beyond the tensor (2.10, with
+    several threads).
+    """
+    here = index.movedim(dim, -1)[..., None] == torch.arange(into.shape[dim], device=into.device)
+    return into + torch.where(here, source.movedim(dim, -1)[..., None], 0).sum(-2).movedim(-1, dim)
+
+
+_NO_SCATTERING = {torch.ops.aten.scatter_add.default: _scatter_add}
