@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metatutor.learner import Learner, load
     from metatutor.memory import MANN, SNAIL, FeedForward, MetaNet, PlainLSTM
     from metatutor.metric import Matching, Prototypical, Relation, Siamese
-    from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
+    from metatutor.optimization import MAML, R2D2, ImplicitMAML, MetaLSTM, ProtoMAML, Reptile
     from metatutor.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "MAML",
     "MANN",
     "MLP",
+    "R2D2",
     "SNAIL",
     "ClassImages",
     "ConvNet",
@@ -44,6 +45,7 @@ __all__ = [
     "PlainLSTM",
     "PretrainedCosine",
     "PretrainedFinetuned",
+    "ProtoMAML",
     "Prototypical",
     "Relation",
     "Reptile",

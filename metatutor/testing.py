@@ -187,9 +187,9 @@ def what_adapts_moves(learner: Learner, episode: Episode) -> None:
     if adapt is None or moving is None or (not getattr(learner, "test_inner_steps", None) and not learner.inner_steps):
         return
     network: Any = learner.network
-    prefix = network.head_prefix
+    initial, prefix = adapt(episode, 0), network.head_prefix
     for name, adapted in adapt(episode).items():
-        change = (adapted - network.get_parameter(name)).abs().amax(dim=tuple(range(1, adapted.dim())))
+        change = (adapted - initial[name]).abs().amax(dim=tuple(range(1, adapted.dim())))
         if name not in moving:
             _demand(not bool(change.any()), f"{name} is not said to adapt, but it moved")
         elif prefix and name.startswith(prefix):

@@ -71,7 +71,7 @@ class AdaptingLearner(NetworkLearner):
             raise ValueError(f"inner steps must not be negative, got {inner_steps} and {test_inner_steps}")
         self.inner_steps, self.test_inner_steps, self.fixed_head = inner_steps, test_inner_steps, fixed_head
         self.inner_loss: Loss = self.loss if inner_loss is None else inner_loss
-        self.moving = list(self.initial_parameters(1))
+        self.moving = list(self._adaptable())
 
     @property
     def ways(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,7 +79,7 @@ class AdaptingLearner(NetworkLearner):
         return self.network.n_outputs
 
     @classmethod
-    def outputs(cls, n_way: int, n_train_classes: int) -> int:
+    def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
         """One output a class of a task."""
         return n_way
 
@@ -147,7 +147,7 @@ class AdaptingLearner(NetworkLearner):
         if inner_steps is None:
             in_training = self.training or self.test_inner_steps is None
             inner_steps = self.inner_steps if in_training else self.test_inner_steps
-        state, path = None, deque([self.initial_parameters(len(episode))], keep)
+        state, path = None, deque([self.initial_parameters(episode)], keep)
         for step in range(inner_steps or 0):
             parameters, state = self.inner_step(path[-1], state, episode, step)
             path.append(parameters)
@@ -155,14 +155,18 @@ class AdaptingLearner(NetworkLearner):
             return list(path)
         return [{n: p.detach() for n, p in parameters.items()} for parameters in path]
 
-    def initial_parameters(self, n_tasks: int) -> Parameters:
+    def initial_parameters(self, episode: Episode) -> Parameters:
         """What every task starts from, `[task, ...]` by name; parameters that do not require gradients are left out."""
-        initial = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        if not initial:
-            raise ValueError(f"{self._network_name()} has no parameter that could adapt; unfreeze some")
+        initial = self._adaptable()
         if self.fixed_head:
             initial |= {n: initial[n].detach() for n in self.head_names()}
-        return {n: p.expand(n_tasks, *p.shape) for n, p in initial.items()}
+        return {n: p.expand(len(episode), *p.shape) for n, p in initial.items()}
+
+    def _adaptable(self) -> Parameters:
+        initial: Parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        if not initial:
+            raise ValueError(f"{self._network_name()} has no parameter that could adapt; unfreeze some")
+        return initial
 
     def head_names(self) -> list[str]:
         """The names of the last layer's parameters in the network; a ValueError if there are none that could adapt."""

@@ -1,7 +1,8 @@
 """Model-Agnostic Meta-Learning: learn the initial parameters from which one gradient step learns a task.
 
-And the variants that change a line of it: first-order MAML, ANIL (only the head adapts), Meta-SGD (learned rates of
-every parameter), and of MAML++ the learned rates of every layer and step, and the loss after every step.
+And the variants that change a line of it: first-order MAML, ANIL (only the head adapts), BOIL (all but the head),
+Meta-SGD (learned rates of every parameter), and of MAML++ the learned rates of every layer and step, and the loss after
+every step.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class MAML(AdaptingLearner):
         test_inner_lr: step size in evaluation mode; default: `inner_lr`. First-order gradients do not tell the outer
             loop that its steps lead too far.
         first_order: leave the second derivatives out.
-        adapt: which parameters the inner loop changes: `"all"` or only the last layer, `"head"` (ANIL).
+        adapt: which parameters the inner loop changes: `"all"`, only the last layer, `"head"` (ANIL), or all but that,
+            `"body"` (BOIL).
         learned_lr: whether the outer loop learns step sizes too: one for every `"parameter"` (Meta-SGD), or one for
             every tensor of a `"layer"` and every step (MAML++); a step of the test beyond those of training takes the
             last one's.
@@ -65,8 +67,8 @@ class MAML(AdaptingLearner):
         torch.Size([2, 5, 5])
 
     Reference:
-        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020); Meta-SGD: Li et al. (2017);
-        MAML++: Antoniou et al. (2019), section 4.
+        Finn, Abbeel & Levine (2017), algorithm 2 and equation 1; ANIL: Raghu et al. (2020); BOIL: Oh et al.
+        (2021); Meta-SGD: Li et al. (2017); MAML++: Antoniou et al. (2019), section 4.
     """
 
     multi_step_calls: Tensor
@@ -80,7 +82,7 @@ class MAML(AdaptingLearner):
         test_inner_steps: int | None = None,
         test_inner_lr: float | None = None,
         first_order: bool = False,
-        adapt: Literal["all", "head"] = "all",
+        adapt: Literal["all", "head", "body"] = "all",
         learned_lr: Literal["none", "parameter", "layer"] = "none",
         multi_step_iterations: int = 0,
         fixed_head: bool = False,
@@ -94,8 +96,8 @@ class MAML(AdaptingLearner):
             raise ValueError(f"test_inner_lr must be positive, got {test_inner_lr}")
         if test_inner_lr is not None and learned_lr != "none":
             raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
-        if adapt not in ("all", "head"):
-            raise ValueError(f"adapt must be 'all' or 'head', got {adapt!r}")
+        if adapt not in ("all", "head", "body"):
+            raise ValueError(f"adapt must be 'all', 'head' or 'body', got {adapt!r}")
         if learned_lr not in ("none", "parameter", "layer"):
             raise ValueError(f"learned_lr must be 'none', 'parameter' or 'layer', got {learned_lr!r}")
         if multi_step_iterations < 0:
@@ -113,8 +115,8 @@ class MAML(AdaptingLearner):
         self.inner_lr, self.test_inner_lr, self.first_order = inner_lr, test_inner_lr, first_order
         self.learned_lr, self.multi_step_iterations, self.recompute = learned_lr, multi_step_iterations, recompute
         self.exact_gradient = not first_order
-        if adapt == "head":
-            self.moving = self.head_names()
+        if adapt != "all":
+            self.moving = [n for n in self.moving if (n in self.head_names()) == (adapt == "head")]
         if recompute and any(map(_drops_out, self.modules())):
             raise ValueError("a step computed again would have another dropout; leave recompute out, or the dropout")
         self.rates = self._initial_rates()

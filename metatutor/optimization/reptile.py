@@ -87,7 +87,7 @@ class Reptile(AdaptingLearner):
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Half the mean squared distance from the initial to the adapted parameters, which are held fixed."""
-        initial = self.initial_parameters(len(episode))
+        initial = self.initial_parameters(episode)
         with torch.no_grad():
             parameters, state = {n: p.detach() for n, p in initial.items()}, None
             for step in range(self.inner_steps):

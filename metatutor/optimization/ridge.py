@@ -1,0 +1,80 @@
+"""R2-D2: ridge regression as the last layer, solved for every task in closed form and differentiated through."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metatutor.embedding import EmbeddingLearner, Logits
+from metatutor.episodes import Episode
+from metatutor.learner import Loss
+
+
+class R2D2(EmbeddingLearner):
+    """Fits the last layer of each task by ridge regression on its support embeddings: no steps, one linear system.
+
+    With the support embeddings as the rows of `X` and their classes, one-hot, as the rows of `Y`,
+    `W = argmin |X W - Y|² + penalty |W|² = Xᵀ (X Xᵀ + penalty I)⁻¹ Y`, and `logits = scale * f(query) W + shift`. The
+    system has as many unknowns as there are support images, however long the embeddings are. The outer loop learns the
+    embedding and the three numbers `penalty`, `scale` and `shift` by differentiating through the solution.
+
+    Args:
+        network: the embedding `f` (see `EmbeddingLearner`).
+        penalty: the initial penalty of large weights; what is learned is its logarithm.
+        scale: the initial factor that turns regressed zeros and ones into logits.
+        finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
+        finetune_lr: learning rate of fine-tuning.
+        loss: of logits and labels; default: cross-entropy.
+
+    Example:
+        >>> from metatutor import ConvNet
+        >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
+        >>> R2D2(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
+        torch.Size([2, 5, 5])
+
+    Reference:
+        Bertinetto, Henriques, Torr & Vedaldi (2019), section 3.2 and appendix A.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        penalty: float = 1.0,
+        scale: float = 10.0,
+        finetune_steps: int = 0,
+        finetune_lr: float = 0.01,
+        loss: Loss | None = None,
+    ) -> None:
+        super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
+        if not penalty > 0:
+            raise ValueError(f"penalty must be positive, got {penalty}")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        self.log_penalty = nn.Parameter(torch.tensor(float(penalty)).log())
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def answer(self, episode: Episode) -> Logits:
+        """What the regression says of each query image, as logits."""
+        support, query = self.embed(episode)
+        labels = F.one_hot(episode.support_labels, episode.n_way).to(support.dtype)
+        return self.scale * query @ ridge(support, labels, self.log_penalty.exp()) + self.shift
+
+
+def ridge(
+    inputs: Float[Tensor, "task example feature"],
+    targets: Float[Tensor, "task example output"],
+    penalty: Float[Tensor, ""] | float,
+) -> Float[Tensor, "task feature output"]:
+    """The weights `W` of each task that minimise `|inputs W - targets|² + penalty |W|²`.
+
+    Example:
+        >>> ridge(torch.ones(1, 1, 1), torch.ones(1, 1, 1), 1.0)
+        tensor([[[0.5000]]])
+    """
+    gram = inputs @ inputs.mT  # [task, example, example]
+    identity = torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
+    return inputs.mT @ torch.linalg.solve(gram + penalty * identity, targets)
