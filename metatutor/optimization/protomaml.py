@@ -84,7 +84,8 @@ class ProtoMAML(AdaptingLearner):
         # not the very tensors that the inner loop moves: its gradient is not to pass through the prototypes
         embeddings = self.map_tasks(self._embed, super().initial_parameters(episode), episode.support_images)
         prototypes = class_means(embeddings, episode.support_labels, episode.n_way)
-        return super().initial_parameters(episode) | dict(zip(_LAYER, (2 * prototypes, -prototypes.pow(2).sum(-1)), strict=True))
+        layer = dict(zip(_LAYER, (2 * prototypes, -prototypes.pow(2).sum(-1)), strict=True))
+        return super().initial_parameters(episode) | layer
 
     def outputs_under(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n way"]:
         """The logits of one task's images."""
