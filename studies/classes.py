@@ -43,7 +43,7 @@ def methods(n_classes: int) -> dict[str, tuple[Learner, EpisodeSpec, int, int]]:
 def subset(classes: ClassImages, n: int, seed: int) -> ClassImages:
     """So many of the characters, in all turns."""
     chosen = torch.randperm(len(classes.images), generator=torch.Generator().manual_seed(seed))[:n].sort().values
-    return ClassImages(classes.images[chosen], [classes.names[i] for i in chosen.tolist()], rotations=True)
+    return ClassImages(classes.images[chosen], [str(classes.names[i]) for i in chosen.tolist()], rotations=True)
 
 
 def main(data: Path | None = None, seeds: int = 3, n_episodes: int = 300) -> None:
