@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -44,7 +45,7 @@ def by_hand(of: ConvNet, tasks: Episode, i: int, lr: float, steps: int, through:
     shared = dict(of.named_parameters())
     images, labels = tasks.support_images[i], tasks.support_labels[i]
 
-    def embed(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    def embed(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(of, parameters, (x,))
 
     embeddings = embed(shared, images)

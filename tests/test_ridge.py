@@ -64,13 +64,13 @@ def test_logits_are_the_regression_scaled_and_shifted():
             gram = torch.stack([torch.stack([(a * b).sum() for b in x]) for a in x])
             inverse = torch.linalg.inv(gram + one.log_penalty.exp() * torch.eye(len(x), dtype=x.dtype))
             weights = torch.stack([torch.outer(x[j], (inverse @ y)[j]) for j in range(len(x))]).sum(0)
-            assert close(logits[i], 4 * query @ weights + 0.25)
+            assert close(logits[i], one.log_scale.exp() * query @ weights + 0.25)
 
 
 def test_the_outer_loop_learns_penalty_scale_and_embedding_through_the_solution():
     one, tasks = learner(penalty=0.3), episode()
     one.meta_loss(tasks).backward()
-    for name in ("log_penalty", "scale"):
+    for name in ("log_penalty", "log_scale"):
         parameter = one.get_parameter(name)
         assert parameter.grad is not None
         values = []

@@ -18,11 +18,12 @@ class R2D2(EmbeddingLearner):
     With the support embeddings as the rows of `X` and their classes, one-hot, as the rows of `Y`,
     `W = argmin |X W - Y|² + penalty |W|² = Xᵀ (X Xᵀ + penalty I)⁻¹ Y`, and `logits = scale * f(query) W + shift`. The
     system has as many unknowns as there are support images, however long the embeddings are. The outer loop learns the
-    embedding and the three numbers `penalty`, `scale` and `shift` by differentiating through the solution.
+    embedding, `penalty`, `scale` and `shift` by differentiating through the solution; of the first two, which are
+    positive, it learns the logarithms.
 
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).
-        penalty: the initial penalty of large weights; what is learned is its logarithm.
+        penalty: the initial penalty of large weights. It is to be measured against squared lengths of embeddings.
         scale: the initial factor that turns regressed zeros and ones into logits.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
@@ -42,26 +43,25 @@ class R2D2(EmbeddingLearner):
         self,
         network: nn.Module,
         *,
-        penalty: float = 1.0,
-        scale: float = 10.0,
+        penalty: float = 10.0,
+        scale: float = 40.0,
         finetune_steps: int = 0,
         finetune_lr: float = 0.01,
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        if not penalty > 0:
-            raise ValueError(f"penalty must be positive, got {penalty}")
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        for name, value in (("penalty", penalty), ("scale", scale)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self.log_penalty = nn.Parameter(torch.tensor(float(penalty)).log())
-        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
         self.shift = nn.Parameter(torch.zeros(()))
 
     def answer(self, episode: Episode) -> Logits:
         """What the regression says of each query image, as logits."""
         support, query = self.embed(episode)
         labels = F.one_hot(episode.support_labels, episode.n_way).to(support.dtype)
-        return self.scale * query @ ridge(support, labels, self.log_penalty.exp()) + self.shift
+        return self.log_scale.exp() * query @ ridge(support, labels, self.log_penalty.exp()) + self.shift
 
 
 def ridge(
