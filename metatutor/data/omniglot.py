@@ -277,9 +277,7 @@ class Splits(Generic[Source]):
     No character, turned or not, is in two of them: Ravi and Larochelle (2017), section 2.
 
     Args:
-        train: classes to meta-train on.
-        validation: classes to choose settings by.
-        test: classes to report accuracy on.
+        train, validation, test: classes to meta-train on, to choose settings by, and to report accuracy on.
         id: names the split in records, such as `random-0`: the same id means the same classes.
     """
 
