@@ -89,16 +89,11 @@ def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _into_channels(images: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
-    """`[task, n, c, h, w]` -> `[n, task * c, h, w]`: each task a group of channels."""
-    images = images.unsqueeze(1).expand(-1, n_tasks, -1, -1, -1) if task_dim is None else images.movedim(task_dim, 1)
-    return images.flatten(1, 2)
-
-
-def _into_rows(weight: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
-    """`[task, c, ...]` -> `[task * c, ...]`."""
-    weight = weight.expand(n_tasks, *weight.shape) if task_dim is None else weight.movedim(task_dim, 0)
-    return weight.flatten(0, 1)
+def _merged(tensor: Tensor, task_dim: int | None, n_tasks: int, dim: int) -> Tensor:
+    """Each task a group along `dim`: `[task, n, c, h, w]` -> `[n, task * c, h, w]` along 1."""
+    if task_dim is None:
+        tensor, task_dim = tensor.expand(n_tasks, *tensor.shape), 0
+    return tensor.movedim(task_dim, dim).flatten(dim, dim + 1)
 
 
 # --- convolution: three products, each the derivative of the other two ---------------------------------------
@@ -152,8 +147,8 @@ class _Conv(_Factor):
     @staticmethod
     def vmap(info: Any, in_dims: Any, out: None, images: Tensor, weight: Tensor, geometry: _Geometry) -> Any:
         n_tasks = info.batch_size
-        images = _into_channels(images, in_dims[1], n_tasks)
-        weight = _laid_out(_into_rows(weight, in_dims[2], n_tasks))
+        images = _merged(images, in_dims[1], n_tasks, 1)
+        weight = _laid_out(_merged(weight, in_dims[2], n_tasks, 0))
         geometry = geometry._replace(images=images.shape, weight=weight.shape, groups=n_tasks)
         return _Conv.apply(None, images, weight, geometry).unflatten(1, (n_tasks, -1)), 1
 
@@ -175,21 +170,18 @@ class _Norm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        images, weight, _ = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(images, weight, mean, rstd)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
 
     @staticmethod
     def backward(ctx: Any, out: Tensor, *_: Any) -> Any:
         return _NormBackward.apply(out, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Any:
+    def vmap(info: Any, in_dims: Any, *inputs: Tensor) -> Any:
         n_tasks = info.batch_size
-        images = _into_channels(images, in_dims[0], n_tasks)
-        weight, bias = (_into_rows(t, d, n_tasks) for t, d in zip((weight, bias), in_dims[1:], strict=True))
-        y, mean, rstd = _Norm.apply(images, weight, bias)
+        merged = (_merged(t, d, n_tasks, dim) for t, d, dim in zip(inputs, in_dims, (1, 0, 0), strict=True))
+        y, mean, rstd = _Norm.apply(*merged)
         return (y.unflatten(1, (n_tasks, -1)), mean.view(n_tasks, -1), rstd.view(n_tasks, -1)), (1, 0, 0)
 
 
@@ -304,7 +296,7 @@ class _Pool(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:
-        pooled = _Pool.apply(_into_channels(images, in_dims[0], info.batch_size))
+        pooled = _Pool.apply(_merged(images, in_dims[0], info.batch_size, 1))
         return tuple(t.unflatten(1, (info.batch_size, -1)) for t in pooled), (1, 1)
 
 

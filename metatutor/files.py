@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -152,11 +152,8 @@ def members(source: Path, base: Path) -> Iterator[tuple[list[str], Callable[[str
         with decoding("not a complete zip archive"):
             archive = zipfile.ZipFile(file)
         names = sorted(archive.namelist())
-        for name, following in pairwise([*names, ""]):
-            if name == following:
-                raise ValueError(f"the name {name} stands in it twice")
-            if ".." in name.split("/"):
-                raise ValueError(f"the name {name} leads out of it")
+        if outside := [name for name in names if ".." in name.split("/")]:
+            raise ValueError(f"the name {outside[0]} leads out of it")
         yield names, partial(_read_member, archive)
 
 

@@ -473,7 +473,7 @@ def download(root: Path | str | None = None, *, runs: bool = False, parts: Seque
     are fetched too.
     """
     folder, _ = _folder(root)
-    found = [(part, _find(folder, part)) for part in (*parts, *[_RUNS] * runs)]
+    found = ((part, _find(folder, part)) for part in (*parts, *[_RUNS] * runs))
     sources = [_intact(source, part) if source else _fetch(folder, part) for part, source in found]
     return Verification(tuple(sources), sum(part.folders for part in parts))
 
@@ -487,13 +487,9 @@ def _intact(source: Path, part: _Part) -> Path:
 def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -> Verification:
     """Compare every drawing of a copy with the published ones, also of Lake's one-shot runs if they are there."""
     sources = [_intact(_locate(root, part, download=False), part) for part in parts]
-    return Verification((*sources, *_intact_runs(root)), sum(part.folders for part in parts))
-
-
-def _intact_runs(root: Path | str | None) -> list[Path]:
-    """Lake's runs if they are there; damaged ones are not passed over."""
-    folder, _ = _folder(root)
-    return [_intact(found, _RUNS)] if (found := _find(folder, _RUNS)) else []
+    if runs := _find(_folder(root)[0], _RUNS):
+        sources.append(_intact(runs, _RUNS))
+    return Verification(tuple(sources), sum(part.folders for part in parts))
 
 
 def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequence[_Part] = _PARTS) -> Info:
@@ -503,6 +499,7 @@ def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequenc
     cache = _cache_file(sources, image_size)
     n_characters, n_drawings = omniglot.images.shape[:2]
     counts = len(omniglot.alphabets), n_characters, n_characters * n_drawings
-    _intact_runs(root)
+    if runs := _find(_folder(root)[0], _RUNS):
+        _intact(runs, _RUNS)  # damaged ones are not passed over
     with _reading(cache):
         return Info(*counts, tuple(sources.values()), cache, cache.stat().st_size)
