@@ -96,7 +96,12 @@ def _merged(tensor: Tensor, task_dim: int | None, n_tasks: int, dim: int) -> Ten
     return tensor.movedim(task_dim, dim).flatten(dim, dim + 1)
 
 
-# --- convolution: three products, each the derivative of the other two ---------------------------------------
+def _wide(channels: Tensor) -> Tensor:
+    """`[c]` -> `[c, 1, 1]`."""
+    return channels[:, None, None]
+
+
+# --- convolution ---
 
 
 class _Geometry(NamedTuple):
@@ -121,7 +126,7 @@ class _Factor(Function):
         images = _of_shape(geometry.images, out) if images is None else _laid_out(images)
         weight = _of_shape(geometry.weight, out) if weight is None else _laid_out(weight)
         return torch.ops.aten.convolution_backward(
-            _laid_out(out), images, weight, None, [stride], [padding], [1], False, [0], groups, mask
+            _laid_out(out), images, weight, [0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, mask
         )[mask.index(True)]
 
     @staticmethod
@@ -153,7 +158,7 @@ class _Conv(_Factor):
         return _Conv.apply(None, images, weight, geometry).unflatten(1, (n_tasks, -1)), 1
 
 
-# --- batch normalisation -------------------------------------------------------------------------------------
+# --- batch normalisation; group normalisation and max-pooling, which need less of their own ---
 
 
 def _norm_backward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: list[bool]) -> Any:
@@ -242,9 +247,6 @@ class _NormTwice(Function):
         raise RuntimeError("double_backward.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
 
 
-# --- group normalisation ---------------------------------------------------------------------------------------
-
-
 class _Dense(Function):
     """The same images without gaps in memory, in the layout they are in if the kernel of group normalisation reads it.
 
@@ -271,9 +273,6 @@ class _Dense(Function):
         return images.movedim(in_dims[0], 0).contiguous(), 0
 
 
-# --- max-pooling ---------------------------------------------------------------------------------------------
-
-
 class _Pool(Function):
     """The greatest of each 2×2 pixels, and where it was."""
 
@@ -298,7 +297,3 @@ class _Pool(Function):
     def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:
         pooled = _Pool.apply(_merged(images, in_dims[0], info.batch_size, 1))
         return tuple(t.unflatten(1, (info.batch_size, -1)) for t in pooled), (1, 1)
-
-
-def _wide(channels: Tensor) -> Tensor:
-    return channels[:, None, None]

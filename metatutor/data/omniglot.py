@@ -264,7 +264,7 @@ def _read_cache(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
         return torch.from_numpy(kept["images"]), tuple(kept["names"].tolist())
 
 
-# --- the dataset ---
+# --- the dataset, its splits, and Lake's one-shot runs ---
 
 
 Source = TypeVar("Source")  # what tasks are drawn from
@@ -417,9 +417,6 @@ class Omniglot(Alphabets):
         return background[~validation], background[validation], test
 
 
-# --- Lake's one-shot runs ---
-
-
 def one_shot_runs(root: Path | str | None = None, *, download: bool = True, image_size: int = 28) -> Episode:
     """Lake's 20 one-shot runs: in each, one drawing of 20 characters of one alphabet, and 20 more to recognise.
 
@@ -497,8 +494,7 @@ def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequenc
     omniglot = Omniglot.load(root, download=False, image_size=image_size, parts=parts)
     sources = {part: _locate(root, part, download=False) for part in parts}
     cache = _cache_file(sources, image_size)
-    n_characters, n_drawings = omniglot.images.shape[:2]
-    counts = len(omniglot.alphabets), n_characters, n_characters * n_drawings
+    counts = len(omniglot.alphabets), len(omniglot.names), len(omniglot.names) * _DRAWINGS
     if runs := _find(_folder(root)[0], _RUNS):
         _intact(runs, _RUNS)  # damaged ones are not passed over
     with _reading(cache):
