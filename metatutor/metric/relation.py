@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import NORMALIZATIONS, ConvBlock, Embedding
+from metatutor.checks import check_choice, check_positive
 from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
 from metatutor.learner import Loss
@@ -41,8 +42,7 @@ class Relation(EmbeddingLearner):
     Example:
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = Relation(ConvNet(filters=8, pooling="max", n_halving=2))
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> Relation(ConvNet(filters=8, pooling="max", n_halving=2))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -61,12 +61,9 @@ class Relation(EmbeddingLearner):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        if hidden < 1:
-            raise ValueError(f"hidden must be positive, got {hidden}")
-        if objective not in ("mse", "cross-entropy"):
-            raise ValueError(f"objective must be 'mse' or 'cross-entropy', got {objective!r}")
-        if over_shots not in ("mean", "sum"):
-            raise ValueError(f"over_shots must be 'mean' or 'sum', got {over_shots!r}")
+        check_positive(hidden=hidden)
+        check_choice("objective", objective, ["mse", "cross-entropy"])
+        check_choice("over_shots", over_shots, ["mean", "sum"])
         self.by_squares, self.over_shots = objective == "mse" and loss is None, over_shots
         filters, size = _feature_size(self.network)
         policy: Any = self.network.normalization if self.network.normalization in NORMALIZATIONS else "group"
