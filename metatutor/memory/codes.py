@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metatutor.memory.base import Labels
+from metatutor.functional import Labels
 
 LabelCode = Literal["one-hot", "letters"]
 N_LETTERS = 5  # letters in a string, and letters of the alphabet
@@ -64,9 +64,3 @@ def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
         drawn.append(torch.randperm(n_strings, generator=torch.Generator().manual_seed(seed))[:n_way])
     places = N_LETTERS ** torch.arange(N_LETTERS)
     return (torch.stack(drawn)[..., None] // places % N_LETTERS).to(labels.device)
-
-
-def check_label_code(labels: str) -> None:
-    """Raise a `ValueError` if labels are to be written in an unknown way."""
-    if labels not in ("one-hot", "letters"):
-        raise ValueError(f"labels must be 'one-hot' or 'letters', got {labels!r}")

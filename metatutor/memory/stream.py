@@ -9,12 +9,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from metatutor.checks import check_choice
 from metatutor.embedding import Logits
 from metatutor.episodes import Episode
 from metatutor.memory.base import MemoryLearner
-from metatutor.memory.codes import N_LETTERS, Codes, LabelCode, check_label_code, strings
+from metatutor.memory.codes import N_LETTERS, Codes, LabelCode, strings
 
 State = tuple[Tensor, ...]  # every tensor begins with the task axis
+Coded = Float[Tensor, "task time code"]  # labels, or answers
+Hidden = Float[Tensor, "task hidden"]
 
 
 class StreamLearner(MemoryLearner):
@@ -42,7 +45,7 @@ class StreamLearner(MemoryLearner):
         finetune_lr: float = 0.01,
     ) -> None:
         super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        check_label_code(labels)
+        check_choice("labels", labels, ["one-hot", "letters"])
         if self.network.normalization not in ("group", "none"):
             raise ValueError(
                 f"a stream is answered image by image, but with normalization = {self.network.normalization!r} a later "
@@ -113,9 +116,7 @@ class StreamLearner(MemoryLearner):
         """Embeddings of a stream's images."""
         return self.of_tasks(self.network.embed, images)
 
-    def read(
-        self, embeddings: Float[Tensor, "task time embedding"], codes: Float[Tensor, "task time code"]
-    ) -> tuple[State, Float[Tensor, "task time code"]]:
+    def read(self, embeddings: Float[Tensor, "task time embedding"], codes: Coded) -> tuple[State, Coded]:
         """The state that a stream leaves, and the answers on the way."""
         state, answers = self.start(len(embeddings)), []
         for prepared in self.prepare(torch.cat([embeddings, shift_labels(codes)], dim=-1)).unbind(1):
@@ -136,7 +137,7 @@ class StreamLearner(MemoryLearner):
         return next(self.parameters()).dtype
 
 
-def shift_labels(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
+def shift_labels(codes: Coded) -> Coded:
     """What is told at every step of a stream: the label of the image before; nothing at the first.
 
     Example:
@@ -157,9 +158,7 @@ def instances(labels: Int[Tensor, "task time"], n_way: int) -> Int[Tensor, "task
     return (members.cumsum(1) * members).sum(-1) - 1
 
 
-def lstm(
-    gates: Float[Tensor, "task gates"], cell: Float[Tensor, "task hidden"]
-) -> tuple[Float[Tensor, "task hidden"], Float[Tensor, "task hidden"]]:
+def lstm(gates: Float[Tensor, "task gates"], cell: Hidden) -> tuple[Hidden, Hidden]:
     """Output and cell of an LSTM after one step; `gates` are what enters the input, forget, cell and output gates."""
     enter, forget, candidate, out = gates.chunk(4, dim=-1)
     cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
