@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.checks import check_sizes
-from metatutor.memory.codes import LabelCode
-from metatutor.memory.stream import State, StreamLearner, lstm, remember
+from metatutor.memory.stream import LabelCode, State, StreamLearner, lstm, remember
 
 
 class _Control(StreamLearner):
@@ -52,8 +51,7 @@ class PlainLSTM(_Control):
 
     Example:
         >>> import torch
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Episode, Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> PlainLSTM(Pixels(20))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
@@ -103,8 +101,7 @@ class FeedForward(_Control):
 
     Example:
         >>> import torch
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Episode, Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> FeedForward(Pixels(20))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])

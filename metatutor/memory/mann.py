@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from metatutor.checks import check_sizes
 from metatutor.episodes import Episode
-from metatutor.memory.codes import LabelCode
-from metatutor.memory.stream import StreamLearner, lstm, remember, shift_labels
+from metatutor.memory.stream import LabelCode, StreamLearner, lstm, remember, shift_labels
 
 EPSILON = 1e-8
 Matrix = Float[Tensor, "task slot width"]
@@ -69,8 +68,7 @@ class MANN(StreamLearner):
         ValueError: if the network normalises over several images, or an episode has other ways.
 
     Example:
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> MANN(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])

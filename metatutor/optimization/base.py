@@ -131,18 +131,17 @@ class AdaptingLearner(NetworkLearner):
 
         Only the support set is read. Parameters that the inner loop leaves alone are the shared ones, repeated.
         """
-        return self._last_steps(episode, inner_steps, keep=1)[-1]
+        return self.adaptation_path(episode, inner_steps, last=1)[-1]
 
-    def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
-        """The parameters of every task before the first inner step and after each."""
-        return self._last_steps(episode, inner_steps, keep=None)
-
-    def _last_steps(self, episode: Episode, inner_steps: int | None, keep: int | None) -> list[Parameters]:
+    def adaptation_path(
+        self, episode: Episode, inner_steps: int | None = None, last: int | None = None
+    ) -> list[Parameters]:
+        """The parameters of every task before the first inner step and after each; all of them, or the `last` ones."""
         self.check_ways(episode)
         if inner_steps is None:
             in_training = self.training or self.test_inner_steps is None
             inner_steps = self.inner_steps if in_training else self.test_inner_steps
-        state, path = None, deque([self.initial_parameters(len(episode))], keep)
+        state, path = None, deque([self.initial_parameters(len(episode))], last)
         for step in range(inner_steps or 0):
             parameters, state = self.inner_step(path[-1], state, episode, step)
             path.append(parameters)

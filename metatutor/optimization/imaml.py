@@ -106,15 +106,13 @@ class ImplicitMAML(AdaptingLearner):
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean query loss, with its implicit gradient in the initial parameters."""
-        outside = torch.is_grad_enabled()
         with torch.no_grad():
             adapted = leaves(self.adapt(episode))
-        with torch.enable_grad():
-            loss = self.query_loss(episode, adapted)
-            if not outside:
-                return loss.detach()
-            of_query = gradients_of(loss, list(adapted.values()))
-            _, of_support = self.support_gradients(adapted, episode, create_graph=True)
+        loss = self.query_loss(episode, adapted)
+        if not torch.is_grad_enabled():
+            return loss
+        of_query = gradients_of(loss, list(adapted.values()))
+        _, of_support = self.support_gradients(adapted, episode, create_graph=True)
 
         def product(vectors: Vectors) -> Vectors:
             """`(I + H / (proximity + damping))` times a vector, for each task."""

@@ -114,19 +114,14 @@ class MAML(AdaptingLearner):
         kept = self.inner_steps if self.recompute and self.training else 0
         return min(super().tasks_at_once(episode), tasks_that_fit(episode, self.network, kept))
 
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean loss of the query images after adaptation, or a weighted mean over the steps of it."""
-        self.check_ways(episode)
-        if torch.is_grad_enabled() and self.training and self._compiled is not None:
-            return self._compiled_loss(self._compiled, episode)
-        if torch.is_grad_enabled() and self.recompute:
-            wanted: Parameters = dict(self.meta_parameters())
-            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode), wanted))
-        return self.outer_loss(episode)
-
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean query loss after the last inner step, or the weighted sum of those after each."""
-        return self._weighted_loss(episode, self.step_weights(episode))
+        weights = self.step_weights(episode)
+        if torch.is_grad_enabled() and self.training and self._compiled is not None:
+            return self._compiled_loss(self._compiled, episode, weights)
+        if torch.is_grad_enabled() and self.recompute:
+            return with_gradient(*self._recomputed_gradient(episode, weights, dict(self.meta_parameters())))
+        return self._weighted_loss(episode, weights)
 
     def _weighted_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None) -> Float[Tensor, ""]:
         if weights is None:
@@ -205,8 +200,8 @@ class MAML(AdaptingLearner):
 
     # --- the meta-gradient, compiled ---
 
-    def _compiled_loss(self, compiled: Compiled, episode: Episode) -> Float[Tensor, ""]:
-        weights, parameters = self.step_weights(episode), list(self.meta_parameters().values())
+    def _compiled_loss(self, compiled: Compiled, episode: Episode, weights: Tensor | None) -> Float[Tensor, ""]:
+        parameters = list(self.meta_parameters().values())
         no_weights = torch.empty(0, device=episode.query_images.device)
         support, query = (episode.support_images, episode.support_labels), (episode.query_images, episode.query_labels)
         loss, *gradients = compiled(no_weights if weights is None else weights, *support, *query, *parameters)
