@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Parameters = dict[str, Tensor]
 Labels = Int[Tensor, "task support"]
@@ -58,15 +58,8 @@ class TaskMap:
 
 def one_by_one(function: Callable[..., Tensor], *trees: Any) -> Tensor:
     """What a function makes of every task's tensors, each task by itself."""
-    n_tasks = len(first_tensor(trees))
+    n_tasks = len(tree_leaves(trees)[0])
     return torch.stack([function(*tree_map(lambda tensor, i=i: tensor[i], trees)) for i in range(n_tasks)])
-
-
-def first_tensor(tree: Any) -> Tensor:
-    """Any tensor of nested tuples and dictionaries."""
-    while not isinstance(tree, Tensor):
-        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
-    return tree
 
 
 def class_means(
