@@ -224,11 +224,7 @@ class Episode:
         return self._map(lambda tensor: tensor[which])
 
     def task(self, index: int) -> Episode:
-        """Task `index`, counted from 0, alone, as a batch of one.
-
-        Raises:
-            ValueError: if there is no such task.
-        """
+        """Task `index`, counted from 0, alone, as a batch of one; a ValueError if there is no such task."""
         if not 0 <= index < len(self):
             raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
         return self.tasks(slice(index, index + 1))
@@ -283,11 +279,7 @@ class EpisodeSampler:
         self.order.set_state(state["order"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks.
-
-        Raises:
-            ValueError: if `n_tasks` is not positive.
-        """
+        """Draw the next `n_tasks` tasks; a ValueError if that is not positive."""
         return self.sample_with_classes(n_tasks)[0]
 
     def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:

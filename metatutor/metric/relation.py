@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import NORMALIZATIONS, ConvBlock, Embedding
+from metatutor.backbones import NORMALIZATIONS, ConvBlock
 from metatutor.checks import check_choice, check_positive
 from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
@@ -65,10 +65,20 @@ class Relation(EmbeddingLearner):
         check_choice("objective", objective, ["mse", "cross-entropy"])
         check_choice("over_shots", over_shots, ["mean", "sum"])
         self.by_squares, self.over_shots = objective == "mse" and loss is None, over_shots
-        filters, size = _feature_size(self.network)
+        if self.network.feature_shape is None:
+            raise ValueError(
+                "Relation compares feature maps; say which layer's: backbone(network, features=its name, "
+                "image_shape=(channels, height, width))"
+            )
+        filters, height, width = self.network.feature_shape
+        if height != width or height < 4:
+            raise ValueError(
+                f"feature maps of {height}×{width} pixels leave nothing to compare; they must be square, 4×4 or "
+                "larger: give a ConvNet n_halving=2, or name an earlier layer"
+            )
         policy: Any = self.network.normalization if self.network.normalization in NORMALIZATIONS else "group"
         self.first, self.second = (ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
-        self.hidden = nn.Linear(filters * (size // 4) ** 2, hidden)
+        self.hidden = nn.Linear(filters * (height // 4) ** 2, hidden)
         self.score = nn.Linear(hidden, 1)
 
     def answer(self, episode: Episode) -> Logits:
@@ -103,19 +113,3 @@ class Relation(EmbeddingLearner):
             return super().meta_loss(episode)
         logits = self.answer(episode)
         return F.mse_loss(logits.sigmoid(), F.one_hot(episode.query_labels, episode.n_way).to(logits.dtype))
-
-
-def _feature_size(network: Embedding) -> tuple[int, int]:
-    """Channels, and height and width in pixels, of the feature maps."""
-    if network.feature_shape is None:
-        raise ValueError(
-            "Relation compares feature maps; say which layer's: backbone(network, features=its name, "
-            "image_shape=(channels, height, width))"
-        )
-    filters, height, width = network.feature_shape
-    if height != width or height < 4:
-        raise ValueError(
-            f"feature maps of {height}×{width} pixels leave nothing to compare; they must be square, 4×4 or larger: "
-            "give a ConvNet n_halving=2, or name an earlier layer"
-        )
-    return filters, height

@@ -28,6 +28,7 @@ class Siamese(EmbeddingLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Example:
+        >>> import torch
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> Siamese(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
