@@ -1,16 +1,13 @@
 """Memory and threads of the process: what training asks of the machine, and no more than the process may use.
 
-Nothing here happens at import. Three things are the process's, not ours alone, and can be refused or undone:
+Nothing here happens at import, for these are the process's, not ours alone:
 
 - *Freed memory stays at hand.* glibc gives every freed block of more than 128 KiB back to the kernel and asks for it
   anew a moment later, and the kernel zeroes each page again: on a CPU, big activations cost more in page faults than in
-  arithmetic. `keep_freed_memory` asks glibc to keep them; `METATUTOR_KEEP_MEMORY=0` forbids it.
+  arithmetic.
 - *Waiting threads sleep.* OpenMP's threads spin while they wait for each other, for milliseconds, and on busy cores or
-  in a container with fewer CPUs than it shows they starve those that work. `let_threads_sleep` has them sleep, unless
-  your environment says how they wait; OpenMP reads it once, when torch is imported.
-- *No more threads than CPUs*, and one where the network is small: `limited_threads`, `threads_for`.
-
-`benchmarks/threads.py` measures the last two.
+  in a container with fewer CPUs than it shows they starve those that work; `benchmarks/threads.py` measures it.
+- *No more threads than CPUs*, and one where the network is small.
 """
 
 from __future__ import annotations
@@ -31,13 +28,12 @@ ASLEEP = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"}  # every OpenM
 _SMALL = 50_000  # parameters: Conv-4 has 29,000 with 32 filters, 113,000 with 64
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
     """Ask glibc to keep freed blocks of up to 1 GiB (mallopt(3)), or to give them back again; False if it cannot."""
-    libc = _glibc()
-    if libc is None:
+    if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
     limit = _KEEP if keep else _GLIBC_DEFAULT
     done = bool(libc.mallopt(_M_MMAP_THRESHOLD, limit)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, limit))
@@ -52,13 +48,6 @@ def keep_freed_memory_once() -> bool:
     return os.environ.get("METATUTOR_KEEP_MEMORY", "1") != "0" and keep_freed_memory()
 
 
-def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "gnu_get_libc_version") else None
-
-
 def peak_memory_mib() -> int:
     """The most memory, in MiB, the process has held so far: on the GPU if one was used, else resident."""
     torch = sys.modules.get("torch")
@@ -70,7 +59,7 @@ def peak_memory_mib() -> int:
 def _peak_resident_bytes() -> int:
     found = re.search(r"^VmHWM:\s*(\d+) kB$", _text(Path("/proc/self/status")), re.MULTILINE)
     if found:  # rather than ru_maxrss, which a process of Linux inherits from its parent
-        return 1024 * int(found.group(1))
+        return 1024 * int(found[1])
     if sys.platform == "win32":
         from psutil import Process
 
@@ -80,11 +69,14 @@ def _peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-# --- threads ---------------------------------------------------------------------------------------------------------
+# --- threads ---
 
 
 def let_threads_sleep() -> bool:
-    """Have OpenMP's waiting threads sleep, unless the environment says how they wait; False where it has no effect."""
+    """Have OpenMP's waiting threads sleep, unless the environment says how they wait.
+
+    False where it has no effect: OpenMP reads the environment once, when torch is imported.
+    """
     if "torch" in sys.modules or ASLEEP.keys() & os.environ.keys():
         return False
     os.environ.update(ASLEEP)
@@ -121,11 +113,9 @@ def limited_threads(most: int) -> Iterator[None]:
 
 def _bound_cpus() -> int:
     """As affinity has it, and from Python 3.13 on PYTHON_CPU_COUNT."""
-    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return min(count, len(os.sched_getaffinity(0)))
     from psutil import Process
 
+    count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
     return min(count, len(Process().cpu_affinity())) if hasattr(Process, "cpu_affinity") else count  # not on macOS
 
 
@@ -139,7 +129,7 @@ def _quota(root: Path) -> float:
             at = mount / folder
             limit = _text(at / "cpu.max") or f"{_text(at / 'cpu.cfs_quota_us')} {_text(at / 'cpu.cfs_period_us')}"
             if found := re.fullmatch(r"(\d+)\s+([1-9]\d*)\s*", limit):  # neither "max" nor -1
-                quotas.append(int(found.group(1)) / int(found.group(2)))
+                quotas.append(int(found[1]) / int(found[2]))
     return min(quotas)
 
 

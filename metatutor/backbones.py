@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.checks import check_sizes
 from metatutor.double_backward import EPSILON, batch_norm, conv2d, group_norm, max_pool2d
 
+Images = Float[Tensor, "n channel height width"]
 Normalization = Literal["batch", "support", "group"]
 Pooling = Literal["stride", "max"]
 _MOST_BLOCKS = 1000
@@ -42,7 +44,7 @@ class Network(Described, nn.Module):
     Attributes:
         n_outputs: numbers that come out for an image; None: an embedding, or not known.
         normalization: a policy of `ConvNet`, `"running"` statistics, or `"none"`.
-        head: the prefix of the names of the last layer's parameters, such as `"head."`; None: there is no such layer.
+        head_prefix: of the names of the last layer's parameters, such as `"head."`; None: there is no such layer.
         largest_activation: numbers in the largest activation of one image; 0: not known.
     """
 
@@ -61,22 +63,24 @@ class Embedding(Network):
     """A network that can also say what enters its last layer, or leaves it if it has none.
 
     Attributes:
+        head: the last layer, from embeddings to logits; the identity if there is none.
         embedding_size: length of an embedding; None: not known.
         feature_shape: channels, height and width of the feature maps that `features` gives; None: not known.
     """
 
     embedding_size: int | None = None
     feature_shape: tuple[int, int, int] | None = None
+    head: nn.Module
 
-    def embed(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n embedding"]:
+    def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
+        """Logits, or embeddings without a last layer; the first `n_support` images (default: all) are support."""
+        return self.head(self.embed(images, n_support))
+
+    def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """What enters the last layer, or leaves the network if there is none."""
         raise NotImplementedError
 
-    def features(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n filter h w"]:
+    def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """The feature maps that the embedding is made of."""
         raise ValueError(f"{type(self).__name__} has no feature maps; take a ConvNet, or backbone(…, features=a layer)")
 
@@ -95,20 +99,13 @@ class Pixels(Embedding):
 
     def __init__(self, size: int = 20, *, in_channels: int = 1) -> None:
         super().__init__()
-        _check_sizes(size=size, in_channels=in_channels)
+        check_sizes(size=size, in_channels=in_channels)
         self.n_outputs, self.size, self.embedding_size = None, size, in_channels * size * size
+        self.head = nn.Identity()
 
-    def embed(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n embedding"]:
+    def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """The pixels, each averaged over what it covers."""
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).flatten(1)
-
-    def forward(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n embedding"]:
-        """The pixels, which are the embedding too."""
-        return self.embed(images)
 
 
 class MLP(Embedding):
@@ -126,7 +123,7 @@ class MLP(Embedding):
 
     def __init__(self, n_inputs: int = 1, n_outputs: int = 1, *, hidden: Sequence[int] = (40, 40)) -> None:
         super().__init__()
-        _check_sizes(n_inputs=n_inputs, n_outputs=n_outputs, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
+        check_sizes(n_inputs=n_inputs, n_outputs=n_outputs, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
         self.n_outputs = n_outputs
         widths = [n_inputs, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
@@ -139,10 +136,6 @@ class MLP(Embedding):
         for layer in self.hidden:
             images = F.relu(layer(images))
         return images
-
-    def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
-        """Outputs of `n` inputs, each by itself."""
-        return self.head(self.embed(images))
 
 
 class ConvNet(Embedding):
@@ -203,17 +196,14 @@ class ConvNet(Embedding):
     ) -> None:
         super().__init__()
         _check_options(pooling, normalization)
-        _check_sizes(
-            n_outputs=1 if n_outputs is None else n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels
-        )
-        _check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
+        check_sizes(n_outputs=n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels)
+        check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
         if n_blocks > _MOST_BLOCKS:
             raise ValueError(f"n_blocks must be at most {_MOST_BLOCKS}, got {n_blocks}")
-        size, halving = image_size, n_blocks if n_halving is None else n_halving
+        halving = n_blocks if n_halving is None else n_halving
         if not 0 <= halving <= n_blocks:
             raise ValueError(f"n_halving must be from 0 to n_blocks = {n_blocks}, got {halving}")
-        for _ in range(halving):
-            size = (size + 1) // 2 if pooling == "stride" else size // 2
+        size = -(-image_size // 2**halving) if pooling == "stride" else image_size // 2**halving
         if size < 1:
             raise ValueError(f"{halving} blocks halve a {image_size}×{image_size} image to nothing; use fewer blocks")
         self.n_outputs = n_outputs
@@ -230,36 +220,30 @@ class ConvNet(Embedding):
         widths = [filters * size * size, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
         self.embedding_size = widths[-1]
-        """Length of an embedding, which is what enters the last fully connected layer."""
-        self.head: nn.Module = nn.Identity() if n_outputs is None else nn.Linear(widths[-1], n_outputs)
+        self.head = nn.Identity() if n_outputs is None else nn.Linear(widths[-1], n_outputs)
         if zero_head:
             for parameter in self.head.parameters():
                 nn.init.zeros_(parameter)
         self.head_prefix = None if n_outputs is None else "head."
 
-    def features(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n filter h w"]:
+    def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the last convolutional block."""
-        check_images(images, self.image_shape)
+        if tuple(images.shape[1:]) != self.image_shape:
+            found, wanted = ("×".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape))
+            raise ValueError(
+                f"the network takes images of {wanted} (channels × height × width), got {found}; resize the images or "
+                "build it with their in_channels and image_size"
+            )
         for block in self.blocks:
             images = block(images, n_support)
         return images
 
-    def embed(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n embedding"]:
+    def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """What enters the last fully connected layer."""
         embedding = self.features(images, n_support).flatten(1)
         for layer in self.hidden:
             embedding = F.relu(layer(embedding))
         return embedding
-
-    def forward(
-        self, images: Float[Tensor, "n channel height width"], n_support: int | None = None
-    ) -> Float[Tensor, "n output"]:
-        """Logits, or embeddings without a last layer; the first `n_support` images (default: all) are support."""
-        return self.head(self.embed(images, n_support))
 
 
 class ConvBlock(nn.Module):
@@ -290,48 +274,27 @@ class ConvBlock(nn.Module):
         `[m, c, h, w]` and `[n, c_in - c, h, w]` -> `[n * m, c_out, h / 2, w / 2]`. The convolution of stacked channels
         is the sum of the convolutions of each: `m + n` images are convolved, not `m * n` pairs.
         """
-        weights = self.weight.split([first.shape[1], second.shape[1]], dim=1)
-        below, above = (
-            conv2d(images, weight, stride=self.stride, padding=1)
-            for images, weight in zip((first, second), weights, strict=True)
-        )
+        of_first, of_second = self.weight.split([first.shape[1], second.shape[1]], dim=1)
+        below = conv2d(first, of_first, stride=self.stride, padding=1)
+        above = conv2d(second, of_second, stride=self.stride, padding=1)
         return self._after_convolution((below + above[:, None]).flatten(0, 1), n_support)
 
     def _after_convolution(self, images: Tensor, n_support: int | None) -> Tensor:
-        images = self.normalize(images, n_support)
-        return F.relu(max_pool2d(images) if self.pools else images)
-
-    def normalize(self, images: Tensor, n_support: int | None) -> Tensor:
-        """Normalise by the policy's statistics, then scale and shift each channel."""
         if self.normalization == "group":
-            return group_norm(images, self.scale, self.shift, gcd(8, images.shape[1]))
-        if self.normalization == "batch" or n_support is None:
-            return batch_norm(images, self.scale, self.shift)
-        variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
-        scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
-        return torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
-
-
-def check_images(images: Tensor, expected: tuple[int, int, int]) -> None:
-    """Raise a `ValueError` if images are of another shape than a network was built for."""
-    if tuple(images.shape[1:]) != expected:
-        found, wanted = ("×".join(map(str, shape)) for shape in (images.shape[1:], expected))
-        raise ValueError(
-            f"the network takes images of {wanted} (channels × height × width), got {found}; resize the images or "
-            "build it with their in_channels and image_size"
-        )
+            images = group_norm(images, self.scale, self.shift, gcd(8, images.shape[1]))
+        elif self.normalization == "batch" or n_support is None:
+            images = batch_norm(images, self.scale, self.shift)
+        else:
+            variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
+            scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
+            images = torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
+        return F.relu(max_pool2d(images) if self.pools else images)
 
 
 def _check_options(pooling: str, normalization: str) -> None:
     for name, value, options in (("pooling", pooling, Pooling), ("normalization", normalization, Normalization)):
         if value not in get_args(options):
             raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}")
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size}")
 
 
 # --- anybody's network ---
@@ -386,18 +349,15 @@ class Backbone(Embedding):
         for name in filter(None, (head, features)):
             if name not in dict(network.named_modules()):
                 raise ValueError(f"{type(network).__name__} has no layer {name!r}; see its named_modules()")
-        last = self.head if self.head_name else network.get_submodule(linear[-1]) if linear else None
+        last = network.get_submodule(self.head_name or linear[-1]) if self.head_name or linear else None
         self.head_prefix = f"module.{self.head_name}.".replace("..", ".") if self.head_name or last is network else None
         self.n_outputs = getattr(last, "out_features", None)
         self.embedding_size = getattr(last, "in_features" if self.head_name else "out_features", None)
-        self.normalization = _policy(network)
+        norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        without_average = any(norm.running_mean is None for norm in norms)
+        self.normalization = "batch" if without_average else "running" if norms else "none"
         if image_shape is not None:
             self._probe(image_shape)
-
-    @property
-    def head(self) -> nn.Module:
-        """The last layer."""
-        return self.module.get_submodule(self.head_name)
 
     def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
         """What the module makes of the images, which layers like batch normalisation may make of all of them."""
@@ -407,16 +367,16 @@ class Backbone(Embedding):
         """What enters the last layer; what leaves the module if there is none."""
         if not self.head_name:
             return self.module(images).flatten(1)
-        return self._seen(images, self.head, lambda inputs, _: inputs[0]).flatten(1)
+        return self._seen(images, self.head_name, lambda inputs, _: inputs[0]).flatten(1)
 
     def features(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the layer that `features` names."""
         if self.feature_name is None:
             return super().features(images)
-        return self._seen(images, self.module.get_submodule(self.feature_name), lambda _, outputs: outputs)
+        return self._seen(images, self.feature_name, lambda _, outputs: outputs)
 
-    def _seen(self, images: Tensor, layer: nn.Module, which: Callable[[Any, Any], Tensor]) -> Tensor:
-        seen: list[Tensor] = []
+    def _seen(self, images: Tensor, name: str, which: Callable[[Any, Any], Tensor]) -> Tensor:
+        layer, seen = self.module.get_submodule(name), []
         hook = layer.register_forward_hook(lambda _, inputs, outputs: seen.append(which(inputs, outputs)))
         try:
             self.module(images)
@@ -439,22 +399,16 @@ class Backbone(Embedding):
             layer.training = training
 
 
-def _policy(network: nn.Module) -> str:
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        return "none"
-    return "batch" if any(norm.running_mean is None for norm in norms) else "running"
-
-
 def embedding_size(network: Embedding, method: str) -> int:
     """The length of a network's embeddings; a ValueError if it is not known."""
     if network.embedding_size is None:
         raise ValueError(
-            f"{method} must know the length of an embedding, which {_name(network)} does not tell; give it "
+            f"{method} must know the length of an embedding, which {network_name(network)} does not tell; give it "
             "backbone(network, image_shape=(channels, height, width))"
         )
     return network.embedding_size
 
 
-def _name(network: nn.Module) -> str:
+def network_name(network: nn.Module) -> str:
+    """The class of a network, or of the module that it was made from."""
     return type(network.module if isinstance(network, Backbone) else network).__name__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import Any, Literal
@@ -21,8 +21,9 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 
 from metatutor.backbones import ConvBlock, Embedding, Network, backbone
+from metatutor.checks import check_choice, check_not_negative, check_positive
 from metatutor.episodes import Episode
-from metatutor.functional import Parameters, TaskMap, class_means
+from metatutor.functional import Parameters, TaskMap, class_maxima, class_means
 from metatutor.learner import Learner, Loss, NetworkLearner, task_loss
 
 Descent = Callable[[list[Tensor]], Optimizer]
@@ -44,12 +45,7 @@ class _Untrained(Learner):
 
 
 def _descend(
-    learner: NetworkLearner,
-    initial: Parameters,
-    episode: Episode,
-    steps: int,
-    optimizer: Descent,
-    moving: Collection[str],
+    learner: NetworkLearner, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, moving: set[str]
 ) -> Parameters:
     """Every task's parameters after `steps` of gradient descent on its support set; all but `moving` ones stay.
 
@@ -84,14 +80,12 @@ class Scratch(_Untrained, NetworkLearner):
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs, or
-            it is asked for its `meta_loss`: there is nothing to learn.
+        ValueError: if an episode has other ways than the network has outputs, or it is asked for its `meta_loss`.
 
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = Scratch(ConvNet(n_outputs=5, filters=8), steps=2)
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> Scratch(ConvNet(n_outputs=5, filters=8), steps=2)(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -102,18 +96,14 @@ class Scratch(_Untrained, NetworkLearner):
         self, network: nn.Module, *, steps: int = 20, lr: float = 0.01, seed: int = 0, loss: Loss | None = None
     ) -> None:
         super(NetworkLearner, self).__init__()
-        _check_descent(steps, lr)
+        check_not_negative(steps=steps)
+        check_positive(lr=lr)
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}")
         own = deepcopy(backbone(network)).eval()  # not as a submodule: its parameters are never used
         object.__setattr__(self, "network", own)
         self.loss, self.map_tasks = task_loss if loss is None else loss, TaskMap()
-        self.steps, self.lr, self.seed = steps, lr, seed
-
-    @property
-    def ways(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The outputs of the network."""
-        return self.network.n_outputs
+        self.steps, self.lr, self.seed, self.ways = steps, lr, seed, own.n_outputs
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
@@ -136,15 +126,13 @@ class Scratch(_Untrained, NetworkLearner):
             )
         optimizer = partial(torch.optim.Adam, lr=self.lr)
         moving = {name for name, p in self.network.named_parameters() if p.requires_grad}
-        self._keep_statistics(True)
+        norms = [layer for layer in self.network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]
+        for norm in norms:
+            norm.train()  # and no other layer: there is no dropout
         adapted = _descend(self, initial, episode, self.steps, optimizer, moving)
-        self._keep_statistics(False)
+        for norm in norms:
+            norm.eval()
         return adapted
-
-    def _keep_statistics(self, keep: bool) -> None:
-        for layer in self.network.modules():
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                layer.train(keep)
 
     def initial_parameters(self, episode: Episode) -> Parameters:
         """The random parameters that every task starts from, and its buffers, `[task, ...]` by name."""
@@ -177,12 +165,11 @@ def _not_random(layer: nn.Module) -> Parameters:
     own = dict(layer.named_parameters(recurse=False))
     if isinstance(layer, ConvBlock):
         return {"scale": torch.ones_like(own["scale"]), "shift": torch.zeros_like(own["shift"])}
-    if "Norm" not in type(layer).__name__ and any(p.dim() > 1 for p in own.values()):
+    if not own or ("Norm" not in type(layer).__name__ and any(p.dim() > 1 for p in own.values())):
         return {}
-    new = deepcopy(layer) if own else layer
-    reset: Any = getattr(new, "reset_parameters", None)
-    if own and reset is not None:
-        reset()
+    new: Any = deepcopy(layer)
+    if hasattr(new, "reset_parameters"):
+        new.reset_parameters()
     return {name: p.detach() for name, p in new.named_parameters(recurse=False)}
 
 
@@ -212,9 +199,13 @@ class _Pretrained(NetworkLearner):
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """Learn from the support set, then answer the query images; without support, tell the pretraining classes."""
-        if _is_episode(episode):
+        if episode.support_images.shape[1]:
             return self.answer(episode)
-        self._check(episode.n_way)
+        if self.network.n_outputs not in (None, episode.n_way):
+            raise ValueError(
+                f"the network has {self.network.n_outputs} outputs but there are {episode.n_way} classes to pretrain "
+                f"on; build ConvNet(n_outputs={episode.n_way})"
+            )
         return self.network(episode.query_images.flatten(0, 1)).unflatten(0, episode.query_images.shape[:2])
 
     @abstractmethod
@@ -223,7 +214,7 @@ class _Pretrained(NetworkLearner):
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean cross-entropy of an ordinary classifier over a mini-batch of `ClassificationSampler`."""
-        if _is_episode(episode):
+        if episode.support_images.shape[1]:
             raise ValueError(
                 f"{type(self).__name__} is pretrained on all classes at once, not on episodes; "
                 "train(learner, classes, spec, config) sees to that"
@@ -236,13 +227,6 @@ class _Pretrained(NetworkLearner):
         for name, parameter in dict(head.named_parameters()).items():
             head.register_parameter(name, nn.Parameter(parameter[:1].detach().clone()))
         self.network.n_outputs = 1
-
-    def _check(self, n_classes: int) -> None:
-        if self.network.n_outputs not in (None, n_classes):
-            raise ValueError(
-                f"the network has {self.network.n_outputs} outputs but there are {n_classes} classes to pretrain on; "
-                f"build ConvNet(n_outputs={n_classes})"
-            )
 
 
 class PretrainedFinetuned(_Pretrained):
@@ -260,14 +244,12 @@ class PretrainedFinetuned(_Pretrained):
         loss: of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if the network has not one output for each meta-training class, or
-            the learner is trained on episodes.
+        ValueError: if the network has not one output for each meta-training class, or is trained on episodes.
 
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = PretrainedFinetuned(ConvNet(n_outputs=100, filters=8), steps=2)
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> PretrainedFinetuned(ConvNet(n_outputs=100, filters=8), steps=2)(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -284,9 +266,9 @@ class PretrainedFinetuned(_Pretrained):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, loss)
-        _check_descent(steps, lr)
-        if adapt not in ("all", "head"):
-            raise ValueError(f"adapt must be 'all' or 'head', got {adapt!r}")
+        check_not_negative(steps=steps)
+        check_positive(lr=lr)
+        check_choice("adapt", adapt, ["all", "head"])
         self.steps, self.lr = steps, lr
         self.prefix = (self.network.head_prefix or "") if adapt == "head" else ""
 
@@ -301,7 +283,7 @@ class PretrainedFinetuned(_Pretrained):
         initial |= {n: p.new_zeros(episode.n_way, *p.shape[1:]) for n, p in heads.items()}
         of_tasks = {name: p.expand(len(episode), *p.shape) for name, p in initial.items()}
         optimizer = partial(torch.optim.SGD, lr=self.lr, momentum=0.9)
-        moving = [name for name in initial if name.startswith(self.prefix)]
+        moving = {name for name in initial if name.startswith(self.prefix)}
         return _descend(self, of_tasks, episode, self.steps, optimizer, moving)
 
 
@@ -317,14 +299,12 @@ class PretrainedCosine(_Pretrained):
         loss: of outputs and labels in pretraining; default: cross-entropy.
 
     Raises:
-        ValueError: if the scale is not positive, the network has not one output for each meta-training class, or
-            the learner is trained on episodes.
+        ValueError: if the network has not one output for each meta-training class, or is trained on episodes.
 
     Example:
         >>> from metatutor import ConvNet
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> learner = PretrainedCosine(ConvNet(n_outputs=100, filters=8))
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).argmax(-1)
+        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5)[None]
+        >>> PretrainedCosine(ConvNet(n_outputs=100, filters=8))(Episode(images, labels, images)).argmax(-1)
         tensor([[0, 1, 2, 3, 4]])
 
     Reference:
@@ -335,8 +315,7 @@ class PretrainedCosine(_Pretrained):
 
     def __init__(self, network: nn.Module, *, scale: float = 10.0, loss: Loss | None = None) -> None:
         super().__init__(network, loss)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
+        check_positive(scale=scale)
         self.scale = scale
 
     def answer(self, episode: Episode) -> Float[Tensor, "task query way"]:
@@ -361,8 +340,8 @@ class NearestPixels(_Untrained):
         ValueError: if it is asked for its `meta_loss`: there is nothing to learn.
 
     Example:
-        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5).repeat(1, 1)
-        >>> NearestPixels()(Episode(images, labels, images, labels, n_way=5)).argmax(-1)
+        >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5)[None]
+        >>> NearestPixels()(Episode(images, labels, images)).argmax(-1)
         tensor([[0, 1, 2, 3, 4]])
 
     Reference:
@@ -372,18 +351,4 @@ class NearestPixels(_Untrained):
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
         """The cosine of each query image with the nearest support image of each class."""
         support, query = (F.normalize(x.flatten(2), dim=-1) for x in (episode.support_images, episode.query_images))
-        cosines = query @ support.mT  # [task, query, support]
-        of_classes = cosines.new_full((*cosines.shape[:2], episode.n_way), -torch.inf)
-        return of_classes.scatter_reduce(2, episode.support_labels.unsqueeze(1).expand_as(cosines), cosines, "amax")
-
-
-def _is_episode(episode: Episode) -> bool:
-    """Whether there is a support set to learn from; a mini-batch of `ClassificationSampler` has none."""
-    return episode.support_images.shape[1] > 0
-
-
-def _check_descent(steps: int, lr: float) -> None:
-    if steps < 0:
-        raise ValueError(f"steps must not be negative, got {steps}")
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
+        return class_maxima(query @ support.mT, episode.support_labels, episode.n_way)

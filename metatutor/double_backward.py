@@ -1,19 +1,19 @@
 """Convolution, normalisation and max-pooling whose second derivatives cost no more than they must.
 
-Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double
-backward of batch normalisation is some thirty passes over the activations, and its double backward of a
-grouped convolution (what `vmap` over tasks turns a convolution into) loops over the groups. The functions
-here say the same mathematics in as few passes as we know. They are ordinary functions of tensors: any
-module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be differentiated
-as often as you like (`batch_norm`: twice).
+Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double backward of
+batch normalisation is some thirty passes over the activations, and its double backward of a grouped convolution (what
+`vmap` over tasks turns a convolution into) loops over the groups. The functions here say the same mathematics in as few
+passes as we know. Any module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be
+differentiated as often as you like (`batch_norm`: twice).
 
-On a CPU their results are channels last in memory, `[n, h, w, task * c]`: there batch normalisation and
-max-pooling run along the channels of all tasks at once, several times faster than along an image.
+On a CPU their results are channels last in memory, `[n, h, w, task * c]`: there batch normalisation and max-pooling
+run along the channels of all tasks at once, several times faster than along an image.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 EPSILON = 1e-5
-_norm_backward = torch.ops.aten.native_batch_norm_backward
 
 
 def conv2d(
@@ -30,10 +29,11 @@ def conv2d(
 ) -> Float[Tensor, "n c_out h_out w_out"]:
     """The convolution `torch.nn.functional.conv2d`, with double backward by its own three products.
 
-    A convolution is bilinear, so its value, its gradient in the images and its gradient in the weight are
-    three faces of one trilinear form `<out, images * weight>`; the derivative of each face is the other two.
+    A convolution is bilinear, so its value, its gradient in the images and its gradient in the weight are the
+    derivatives of one trilinear form, `<out, images * weight>`; so are the gradients of these, and so on.
     """
-    return _Conv.apply(_lowered(images), _lowered(weight), (stride, padding, 1))
+    images, weight = _lowered(images), _lowered(weight)
+    return _Conv.apply(None, images, weight, _Geometry(images.shape, weight.shape, stride, padding))
 
 
 def batch_norm(
@@ -89,124 +89,81 @@ def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
-def _into_channels(images: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
-    """`[task, n, c, h, w]` -> `[n, task * c, h, w]`: each task a group of channels."""
-    images = images.unsqueeze(1).expand(-1, n_tasks, -1, -1, -1) if task_dim is None else images.movedim(task_dim, 1)
-    return images.flatten(1, 2)
+def _merged(tensor: Tensor, task_dim: int | None, n_tasks: int, dim: int) -> Tensor:
+    """Each task a group along `dim`: `[task, n, c, h, w]` -> `[n, task * c, h, w]` along 1."""
+    if task_dim is None:
+        tensor, task_dim = tensor.expand(n_tasks, *tensor.shape), 0
+    return tensor.movedim(task_dim, dim).flatten(dim, dim + 1)
 
 
-def _into_rows(weight: Tensor, task_dim: int | None, n_tasks: int) -> Tensor:
-    """`[task, c, ...]` -> `[task * c, ...]`."""
-    weight = weight.expand(n_tasks, *weight.shape) if task_dim is None else weight.movedim(task_dim, 0)
-    return weight.flatten(0, 1)
+def _wide(channels: Tensor) -> Tensor:
+    """`[c]` -> `[c, 1, 1]`."""
+    return channels[:, None, None]
 
 
-# --- convolution: three products, each the derivative of the other two ---------------------------------------
-
-Geometry = tuple[int, int, int]  # stride, padding, groups
+# --- convolution ---
 
 
-def _conv_backward(out: Tensor, images: Tensor, weight: Tensor, geometry: Geometry, mask: list[bool]) -> Any:
-    stride, padding, groups = geometry
-    return torch.ops.aten.convolution_backward(
-        _laid_out(out),
-        _laid_out(images),
-        _laid_out(weight),
-        [0],
-        [stride] * 2,
-        [padding] * 2,
-        [1, 1],
-        False,
-        [0, 0],
-        groups,
-        mask,
-    )
+class _Geometry(NamedTuple):
+    images: tuple[int, ...]  # shape
+    weight: tuple[int, ...]  # shape
+    stride: int
+    padding: int
+    groups: int = 1
 
 
-class _Conv(Function):
-    """`out = images * weight`."""
-
-    @staticmethod
-    def forward(images: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        stride, padding, groups = geometry
-        return _laid_out(F.conv2d(_laid_out(images), _laid_out(weight), None, stride, padding, 1, groups))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        images, weight, ctx.geometry = inputs
-        ctx.save_for_backward(images, weight)
-
-    @staticmethod
-    def backward(ctx: Any, out: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        images, weight = ctx.saved_tensors
-        to_images, to_weight, _ = ctx.needs_input_grad
-        return (
-            _ConvImages.apply(out, weight, images.shape, ctx.geometry) if to_images else None,
-            _ConvWeight.apply(out, images, weight.shape, ctx.geometry) if to_weight else None,
-            None,
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, geometry: Geometry) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        n_tasks, (stride, padding, _) = info.batch_size, geometry
-        images = _into_channels(images, in_dims[0], n_tasks)
-        weight = _laid_out(_into_rows(weight, in_dims[1], n_tasks))
-        return _Conv.apply(images, weight, (stride, padding, n_tasks)).unflatten(1, (n_tasks, -1)), 1
-
-
-class _ConvImages(Function):
-    """The gradient of `<out, images * weight>` in the images."""
+class _Factor(Function):
+    """The derivative of `<out, images * weight>` in the one of the three that is None; bilinear in the other two."""
 
     generate_vmap_rule = True  # for `vmap(grad(...))`
 
     @staticmethod
-    def forward(out: Tensor, weight: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        return _conv_backward(out, _of_shape(shape, out), weight, geometry, [True, False, False])[0]
+    def forward(out: Any, images: Any, weight: Any, geometry: _Geometry) -> Tensor:
+        _, _, stride, padding, groups = geometry
+        if out is None:
+            return _laid_out(F.conv2d(_laid_out(images), _laid_out(weight), None, stride, padding, 1, groups))
+        mask = [images is None, weight is None, False]
+        images = _of_shape(geometry.images, out) if images is None else _laid_out(images)
+        weight = _of_shape(geometry.weight, out) if weight is None else _laid_out(weight)
+        return torch.ops.aten.convolution_backward(
+            _laid_out(out), images, weight, [0], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, mask
+        )[mask.index(True)]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        out, weight, _, ctx.geometry = inputs
-        ctx.save_for_backward(out, weight)
+        *factors, ctx.geometry = inputs
+        ctx.save_for_backward(*factors)
 
     @staticmethod
-    def backward(ctx: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out, weight = ctx.saved_tensors
-        to_out, to_weight, *_ = ctx.needs_input_grad
-        return (
-            _Conv.apply(images, weight, ctx.geometry) if to_out else None,
-            _ConvWeight.apply(out, images, weight.shape, ctx.geometry) if to_weight else None,
-            None,
-            None,
-        )
+    def backward(ctx: Any, missing: Tensor) -> Any:
+        factors = [missing if factor is None else factor for factor in ctx.saved_tensors]
+        derivatives = zip((_Conv, _Factor, _Factor), ctx.needs_input_grad[:3], strict=True)
+        return *(
+            function.apply(*factors[:i], None, *factors[i + 1 :], ctx.geometry) if needed else None
+            for i, (function, needed) in enumerate(derivatives)
+        ), None
 
 
-class _ConvWeight(Function):
-    """The gradient of `<out, images * weight>` in the weight."""
+class _Conv(_Factor):
+    """`out = images * weight`, under `vmap` with each task a group."""
 
-    generate_vmap_rule = True
+    generate_vmap_rule = False
 
     @staticmethod
-    def forward(out: Tensor, images: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
-        return _conv_backward(out, images, _of_shape(shape, out), geometry, [False, True, False])[1]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        out, images, _, ctx.geometry = inputs
-        ctx.save_for_backward(out, images)
-
-    @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out, images = ctx.saved_tensors
-        to_out, to_images, *_ = ctx.needs_input_grad
-        return (
-            _Conv.apply(images, weight, ctx.geometry) if to_out else None,
-            _ConvImages.apply(out, weight, images.shape, ctx.geometry) if to_images else None,
-            None,
-            None,
-        )
+    def vmap(info: Any, in_dims: Any, out: None, images: Tensor, weight: Tensor, geometry: _Geometry) -> Any:
+        n_tasks = info.batch_size
+        images = _merged(images, in_dims[1], n_tasks, 1)
+        weight = _laid_out(_merged(weight, in_dims[2], n_tasks, 0))
+        geometry = geometry._replace(images=images.shape, weight=weight.shape, groups=n_tasks)
+        return _Conv.apply(None, images, weight, geometry).unflatten(1, (n_tasks, -1)), 1
 
 
-# --- batch normalisation -------------------------------------------------------------------------------------
+# --- batch normalisation; group normalisation and max-pooling, which need less of their own ---
+
+
+def _norm_backward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: list[bool]) -> Any:
+    backward = torch.ops.aten.native_batch_norm_backward
+    return backward(out, images, weight, None, None, mean, rstd, True, EPSILON, mask)
 
 
 class _Norm(Function):
@@ -218,21 +175,18 @@ class _Norm(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        images, weight, _ = inputs
-        _, mean, rstd = output
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.save_for_backward(images, weight, mean, rstd)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs[:2], *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:
         return _NormBackward.apply(out, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor, weight: Tensor, bias: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Any, in_dims: Any, *inputs: Tensor) -> Any:
         n_tasks = info.batch_size
-        images = _into_channels(images, in_dims[0], n_tasks)
-        weight, bias = (_into_rows(t, d, n_tasks) for t, d in zip((weight, bias), in_dims[1:], strict=True))
-        y, mean, rstd = _Norm.apply(images, weight, bias)
+        merged = (_merged(t, d, n_tasks, dim) for t, d, dim in zip(inputs, in_dims, (1, 0, 0), strict=True))
+        y, mean, rstd = _Norm.apply(*merged)
         return (y.unflatten(1, (n_tasks, -1)), mean.view(n_tasks, -1), rstd.view(n_tasks, -1)), (1, 0, 0)
 
 
@@ -251,9 +205,7 @@ class _NormBackward(Function):
 
     @staticmethod
     def forward(out: Tensor, images: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> Any:
-        return _norm_backward(
-            _laid_out(out), _laid_out(images), weight, None, None, mean, rstd, True, EPSILON, [True, True, True]
-        )
+        return _norm_backward(_laid_out(out), _laid_out(images), weight, mean, rstd, [True, True, True])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -261,7 +213,7 @@ class _NormBackward(Function):
         ctx.save_for_backward(*inputs[1:], g, g_weight)
 
     @staticmethod
-    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, u: Tensor, u_weight: Tensor, u_bias: Tensor) -> Any:
         *_, g, g_weight = ctx.saved_tensors
         like = ((u, g), (u_weight, g_weight), (u_bias, g_weight))
         u, u_weight, u_bias = (torch.zeros_like(t) if d is None else d for d, t in like)  # None: only under vmap
@@ -274,23 +226,12 @@ class _NormTwice(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        u: Tensor,
-        u_weight: Tensor,
-        u_bias: Tensor,
-        images: Tensor,
-        weight: Tensor,
-        mean: Tensor,
-        rstd: Tensor,
-        g: Tensor,
-        g_weight: Tensor,
-    ) -> Any:
+    def forward(u: Tensor, u_weight: Tensor, u_bias: Tensor, *saved: Tensor) -> Any:
+        images, weight, mean, rstd, g, g_weight = saved
         n = images.numel() // images.shape[1]
-        d_out, a, _ = _norm_backward(
-            _laid_out(u), images, weight, None, None, mean, rstd, True, EPSILON, [True, True, False]
-        )  # a = sum(u * x̂)
+        d_out, a, _ = _norm_backward(_laid_out(u), images, weight, mean, rstd, [True, True, False])  # a = sum(u * x̂)
         zero, one = torch.zeros_like(mean), torch.ones_like(rstd)
-        along = _norm_backward(u, g, one, None, None, zero, one, True, EPSILON, [False, True, False])[1]  # sum(u * g)
+        along = _norm_backward(u, g, one, zero, one, [False, True, False])[1]  # sum(u * g)
         scale = -rstd * rstd * along / n
         d_images = torch.addcmul(_wide(-scale * mean), images, _wide(scale))
         d_images.addcmul_(d_out, _wide(-rstd * g_weight / n)).addcmul_(g, _wide(u_weight / weight - rstd * a / n))
@@ -304,9 +245,6 @@ class _NormTwice(Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError("double_backward.batch_norm has no third derivative; use torch.nn.functional.batch_norm")
-
-
-# --- group normalisation ---------------------------------------------------------------------------------------
 
 
 class _Dense(Function):
@@ -327,15 +265,12 @@ class _Dense(Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, out: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, out: Tensor) -> Tensor:
         return out
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:
         return images.movedim(in_dims[0], 0).contiguous(), 0
-
-
-# --- max-pooling ---------------------------------------------------------------------------------------------
 
 
 class _Pool(Function):
@@ -352,17 +287,13 @@ class _Pool(Function):
         ctx.save_for_backward(where)
 
     @staticmethod
-    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, out: Tensor, *_: Any) -> Any:
         images, (where,) = _of_shape(ctx.shape, out), ctx.saved_tensors
         return torch.ops.aten.max_pool2d_with_indices_backward(
             _laid_out(out), images, [2, 2], [2, 2], [0, 0], [1, 1], False, where
         )
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        pooled = _Pool.apply(_into_channels(images, in_dims[0], info.batch_size))
+    def vmap(info: Any, in_dims: Any, images: Tensor) -> Any:
+        pooled = _Pool.apply(_merged(images, in_dims[0], info.batch_size, 1))
         return tuple(t.unflatten(1, (info.batch_size, -1)) for t in pooled), (1, 1)
-
-
-def _wide(channels: Tensor) -> Tensor:
-    return channels[:, None, None]

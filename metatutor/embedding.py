@@ -10,11 +10,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import Embedding, backbone
+from metatutor.checks import check_not_negative, check_positive
 from metatutor.episodes import Episode
-from metatutor.functional import Parameters, call_method, gradients_of, one_by_one
+from metatutor.functional import Parameters, call_method, gradients_of, leaves, one_by_one
 from metatutor.learner import Loss, NetworkLearner
 
 Logits = Float[Tensor, "task query way"]
+Support = Float[Tensor, "task support embedding"]
+Query = Float[Tensor, "task query embedding"]
 
 
 class EmbeddingLearner(NetworkLearner):
@@ -53,10 +56,8 @@ class EmbeddingLearner(NetworkLearner):
     def __init__(
         self, network: nn.Module, *, finetune_steps: int = 0, finetune_lr: float = 0.01, loss: Loss | None = None
     ) -> None:
-        if finetune_steps < 0:
-            raise ValueError(f"finetune_steps must not be negative, got {finetune_steps}")
-        if not finetune_lr > 0:
-            raise ValueError(f"finetune_lr must be positive, got {finetune_lr}")
+        check_not_negative(finetune_steps=finetune_steps)
+        check_positive(finetune_lr=finetune_lr)
         embedding = backbone(network, head="")
         if not isinstance(embedding, Embedding):
             raise ValueError(
@@ -84,9 +85,7 @@ class EmbeddingLearner(NetworkLearner):
         """What fine-tuning descends: the meta-loss, as a rule."""
         return self.meta_loss(episode)
 
-    def embed(
-        self, episode: Episode
-    ) -> tuple[Float[Tensor, "task support embedding"], Float[Tensor, "task query embedding"]]:
+    def embed(self, episode: Episode) -> tuple[Support, Query]:
         """Embeddings of the support and of the query images; each task's are normalised by themselves."""
         n_support = episode.support_images.shape[1]
         images = torch.cat([episode.support_images, episode.query_images], dim=1)
@@ -104,10 +103,9 @@ class EmbeddingLearner(NetworkLearner):
         """One task's own parameters by name, after gradient descent on `finetune_loss` of its support set."""
         asked = replace(task, query_images=task.support_images, query_labels=task.support_labels)
         own = {name: p.detach() for name, p in self.meta_parameters().items()}
-        with torch.enable_grad():
-            for _ in range(self.finetune_steps):
-                own = {name: p.requires_grad_() for name, p in own.items()}
+        for _ in range(self.finetune_steps):
+            own = leaves(own)
+            with torch.enable_grad():
                 gradients = gradients_of(call_method(self, own, self.finetune_loss, asked), list(own.values()))
-                descent = zip(own.items(), gradients, strict=True)
-                own = {name: (p - self.finetune_lr * g).detach() for (name, p), g in descent}
+            own = {n: p.detach() - self.finetune_lr * g for (n, p), g in zip(own.items(), gradients, strict=True)}
         return own

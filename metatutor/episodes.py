@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
+from metatutor.checks import check_positive
+
 
 @dataclass(frozen=True)
 class EpisodeSpec:
@@ -74,16 +76,25 @@ class ClassImages:
     counts: Int64[Tensor, " drawn_class"] | None = None
 
     def __post_init__(self) -> None:
-        _check_class_images(self.images)
+        shape = tuple(self.images.shape)
+        if self.images.dim() != 5:
+            raise ValueError(f"images must be [class, drawing, channel, height, width], got {list(shape)}")
+        if self.images.dtype != torch.uint8:
+            raise ValueError(
+                f"images must be uint8, 0 (paper) to 255 (ink), got {self.images.dtype}; for floats from 0 to 1 give "
+                "(255 * images).round().to(torch.uint8)"
+            )
+        if shape[-1] in (1, 3, 4) and shape[2] not in (1, 3, 4):
+            raise ValueError(f"images come channels last, {list(shape)}; give images.movedim(-1, 2)")
         if len(self.names) != len(self.images):
             raise ValueError(f"{len(self.images)} classes of images but {len(self.names)} names; give one name a class")
-        if self.rotations and self.images.shape[-1] != self.images.shape[-2]:
-            height, width = self.images.shape[-2:]
-            raise ValueError(f"rotations need square images, got {height}×{width}; resize them or drop rotations")
-        most = self.images.shape[1]
-        if self.counts is not None and not (self.counts.min() >= 1 and self.counts.max() <= most):
+        if self.rotations and shape[-1] != shape[-2]:
             raise ValueError(
-                f"counts must be from 1 to the {most} images that classes have room for, got {self.counts}"
+                f"rotations need square images, got {shape[-2]}×{shape[-1]}; resize them or drop rotations"
+            )
+        if self.counts is not None and not (self.counts.min() >= 1 and self.counts.max() <= shape[1]):
+            raise ValueError(
+                f"counts must be from 1 to the {shape[1]} images that classes have room for, got {self.counts}"
             )
 
     def __len__(self) -> int:
@@ -169,7 +180,14 @@ class Episode:
             object.__setattr__(self, "n_way", _count_ways(self.support_labels))
         for part in ("support", "query"):
             images, labels = getattr(self, f"{part}_images"), getattr(self, f"{part}_labels")
-            _check_images(images, f"{part}_images")
+            if images.dim() < 3:
+                raise ValueError(
+                    f"{part}_images must be [task, image, ...], got {list(images.shape)}; one task needs images[None]"
+                )
+            if not images.is_floating_point():
+                raise ValueError(
+                    f"{part}_images must be floats, 0 (paper) to 1 (ink), got {images.dtype}; divide by 255 first"
+                )
             if labels is not None:
                 object.__setattr__(self, f"{part}_labels", _checked_labels(labels, images, self.n_way, part))
         if len(self.query_images) != len(self.support_images):
@@ -198,18 +216,15 @@ class Episode:
 
     def to(self, *where: Any) -> Episode:
         """The same tasks on a device, or with pixels (and real-valued targets) of another dtype."""
-        return self._map(lambda tensor: tensor.to(*where) if tensor.is_floating_point() else _moved(tensor, *where))
+        device = self.query_images[:0].to(*where).device  # labels of classes keep their dtype
+        return self._map(lambda tensor: tensor.to(*where) if tensor.is_floating_point() else tensor.to(device))
 
     def tasks(self, which: slice) -> Episode:
         """The tasks of a slice, still as a batch."""
         return self._map(lambda tensor: tensor[which])
 
     def task(self, index: int) -> Episode:
-        """Task `index`, counted from 0, alone, as a batch of one.
-
-        Raises:
-            ValueError: if there is no such task.
-        """
+        """Task `index`, counted from 0, alone, as a batch of one; a ValueError if there is no such task."""
         if not 0 <= index < len(self):
             raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
         return self.tasks(slice(index, index + 1))
@@ -264,17 +279,12 @@ class EpisodeSampler:
         self.order.set_state(state["order"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` tasks.
-
-        Raises:
-            ValueError: if `n_tasks` is not positive.
-        """
+        """Draw the next `n_tasks` tasks; a ValueError if that is not positive."""
         return self.sample_with_classes(n_tasks)[0]
 
     def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:
         """Draw the next `n_tasks` tasks; also tell which class each label stands for."""
-        if n_tasks < 1:
-            raise ValueError(f"n_tasks must be positive, got {n_tasks}")
+        check_positive(n_tasks=n_tasks)
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
         classes, drawings = self._draw(n_tasks)
         pixels = self.classes.take(classes, drawings)  # [task, way, shot, channel, height, width]
@@ -318,8 +328,7 @@ class ClassificationSampler:
     """
 
     def __init__(self, classes: ClassImages, images_per_task: int, *, seed: int = 0) -> None:
-        if images_per_task < 1:
-            raise ValueError(f"images_per_task must be positive, got {images_per_task}")
+        check_positive(images_per_task=images_per_task)
         self.classes, self.images_per_task = classes, images_per_task
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -333,8 +342,7 @@ class ClassificationSampler:
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` rows of images."""
-        if n_tasks < 1:
-            raise ValueError(f"n_tasks must be positive, got {n_tasks}")
+        check_positive(n_tasks=n_tasks)
         shape, n_way = (n_tasks, self.images_per_task), len(self.classes)
         labels = torch.randint(n_way, shape, generator=self.generator)
         if self.classes.counts is None:
@@ -345,29 +353,6 @@ class ClassificationSampler:
         images = self.classes.take(labels, drawings.unsqueeze(-1)).squeeze(2).float().div_(255)
         labels = labels.to(images.device)
         return Episode(images[:, :0], labels[:, :0], images, labels, n_way)
-
-
-# --- what is asked of images and labels ---
-
-
-def _check_class_images(images: Tensor) -> None:
-    shape = tuple(images.shape)
-    if images.dim() != 5:
-        raise ValueError(f"images must be [class, drawing, channel, height, width], got {list(shape)}")
-    if images.dtype != torch.uint8:
-        raise ValueError(
-            f"images must be uint8, 0 (paper) to 255 (ink), got {images.dtype}; for floats from 0 to 1 give "
-            "(255 * images).round().to(torch.uint8)"
-        )
-    if shape[-1] in (1, 3, 4) and shape[2] not in (1, 3, 4):
-        raise ValueError(f"images come channels last, {list(shape)}; give images.movedim(-1, 2)")
-
-
-def _check_images(images: Tensor, name: str) -> None:
-    if images.dim() < 3:
-        raise ValueError(f"{name} must be [task, image, ...], got {list(images.shape)}; one task needs images[None]")
-    if not images.is_floating_point():
-        raise ValueError(f"{name} must be floats, 0 (paper) to 1 (ink), got {images.dtype}; divide by 255 first")
 
 
 def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Tensor:
@@ -407,9 +392,3 @@ def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Te
 
 def _count_ways(labels: Tensor) -> int:
     return labels.shape[-1] if labels.is_floating_point() else int(labels.max()) + 1 if labels.numel() else 0
-
-
-def _moved(labels: Tensor, *where: Any) -> Tensor:
-    """On another device; labels of classes keep their dtype."""
-    devices = [place for place in where if not isinstance(place, torch.dtype)]
-    return labels.to(*devices) if devices else labels

@@ -15,8 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from glob import escape
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -78,20 +77,19 @@ def _processes() -> str:
 
 def _remove_leftovers(path: Path) -> None:
     pattern = re.compile(re.escape(path.name) + r"\.([0-9a-f]{8})-([0-9]{1,9})-[0-9a-f]{8}\.tmp")
-    for file in list(path.parent.glob(f"{escape(path.name)}.*.tmp")):
-        if named := pattern.fullmatch(file.name):
-            with suppress(OSError):  # another writer may be tidying up too
-                if _is_leftover(file, named[1], int(named[2])):
-                    file.unlink(missing_ok=True)
+    for file in list(path.parent.iterdir()):
+        with suppress(OSError):  # another writer may be tidying up too
+            if (named := pattern.fullmatch(file.name)) and _is_leftover(file, named[1], int(named[2])):
+                file.unlink()
 
 
 def _is_leftover(file: Path, processes: str, process: int) -> bool:
+    from psutil import pid_exists
+
     if processes != _processes():
         return time.time() - file.stat().st_mtime > _HOUR
     if process == os.getpid():  # of an earlier process: numbers come again
         return file.name not in _WRITING
-    from psutil import pid_exists
-
     return not pid_exists(process)
 
 
@@ -154,11 +152,8 @@ def members(source: Path, base: Path) -> Iterator[tuple[list[str], Callable[[str
         with decoding("not a complete zip archive"):
             archive = zipfile.ZipFile(file)
         names = sorted(archive.namelist())
-        for name, following in pairwise([*names, ""]):
-            if name == following:
-                raise ValueError(f"the name {name} stands in it twice")
-            if ".." in name.split("/"):
-                raise ValueError(f"the name {name} leads out of it")
+        if outside := [name for name in names if ".." in name.split("/")]:
+            raise ValueError(f"the name {outside[0]} leads out of it")
         yield names, partial(_read_member, archive)
 
 

@@ -13,38 +13,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 Parameters = dict[str, Tensor]
+Labels = Int[Tensor, "task support"]
 Vectors = Float[Tensor, "task parameter"]  # all parameters of a task in a row
-
-
-class TaskMap:
-    """Applies a function to every task: side by side if `vmap` can, one after the other if it cannot.
-
-    Recurrent layers and running statistics are among what `vmap` cannot do. The first failure is told once; from then
-    on tasks are taken one by one, which gives the same results more slowly.
-    """
-
-    def __init__(self) -> None:
-        self.side_by_side = True
-
-    def __call__(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
-        """What the function makes of every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
-        with _differentiable_attention():
-            return self._of_tasks(function, *trees)
-
-    def _of_tasks(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
-        if self.side_by_side:
-            try:
-                return vmap(function, randomness="different")(*trees)
-            except (RuntimeError, ValueError) as error:
-                if not any(word in str(error) for word in ("vmap", "atching rule", "atch norm got a batched")):
-                    raise
-                self.side_by_side = False
-                reason = str(error).strip().partition("\n")[0][:160]
-                warnings.warn(f"tasks are computed one by one, since vmap cannot: {reason}", stacklevel=3)
-        return one_by_one(function, *trees)
 
 
 @contextmanager
@@ -58,25 +31,51 @@ def _differentiable_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+class TaskMap:
+    """Applies a function to every task: side by side if `vmap` can, one after the other if it cannot.
+
+    Recurrent layers and running statistics are among what `vmap` cannot do. The first failure is told once; from then
+    on tasks are taken one by one, which gives the same results more slowly.
+    """
+
+    def __init__(self) -> None:
+        self.side_by_side = True
+
+    @_differentiable_attention()
+    def __call__(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
+        """What the function makes of every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
+        if self.side_by_side:
+            try:
+                return vmap(function, randomness="different")(*trees)
+            except (RuntimeError, ValueError) as error:
+                if not any(word in str(error) for word in ("vmap", "atching rule", "atch norm got a batched")):
+                    raise
+                self.side_by_side = False
+                reason = str(error).strip().partition("\n")[0][:160]
+                warnings.warn(f"tasks are computed one by one, since vmap cannot: {reason}", stacklevel=3)
+        return one_by_one(function, *trees)
+
+
 def one_by_one(function: Callable[..., Tensor], *trees: Any) -> Tensor:
     """What a function makes of every task's tensors, each task by itself."""
-    n_tasks = len(first_tensor(trees))
+    n_tasks = len(tree_leaves(trees)[0])
     return torch.stack([function(*tree_map(lambda tensor, i=i: tensor[i], trees)) for i in range(n_tasks)])
 
 
-def first_tensor(tree: Any) -> Tensor:
-    """Any tensor of nested tuples and dictionaries."""
-    while not isinstance(tree, Tensor):
-        tree = next(iter(tree.values() if isinstance(tree, dict) else tree))
-    return tree
-
-
 def class_means(
-    embeddings: Float[Tensor, "task support embedding"], labels: Int[Tensor, "task support"], n_way: int
+    embeddings: Float[Tensor, "task support embedding"], labels: Labels, n_way: int
 ) -> Float[Tensor, "task way embedding"]:
     """The mean embedding of each class."""
     members = F.one_hot(labels, n_way).to(embeddings.dtype)  # [task, support, way]
     return (members / members.sum(1, keepdim=True)).mT @ embeddings
+
+
+def class_maxima(
+    scores: Float[Tensor, "task query support"], labels: Labels, n_way: int
+) -> Float[Tensor, "task query way"]:
+    """The highest score among the support images of each class."""
+    of_classes = scores.new_full((*scores.shape[:2], n_way), -torch.inf)
+    return of_classes.scatter_reduce(2, labels[:, None].expand_as(scores), scores, "amax")
 
 
 def call_method(module: nn.Module, parameters: Parameters, method: Callable[..., Any], *arguments: Any) -> Any:
@@ -125,9 +124,18 @@ def leaves(parameters: Parameters) -> Parameters:
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
 
 
-def gradients_of(loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
-    """The gradients of a loss, zero where it does not depend on an input."""
-    found = torch.autograd.grad(loss, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+def gradients_of(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    pulls: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> list[Tensor]:
+    """The gradients of a loss, or of outputs times `pulls`; zero where they do not depend on an input."""
+    found = torch.autograd.grad(
+        outputs, inputs, pulls, retain_graph, create_graph, allow_unused=True, materialize_grads=True
+    )
     return list(found)
 
 

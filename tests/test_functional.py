@@ -14,7 +14,6 @@ from metatutor.functional import (
     TaskMap,
     call_method,
     class_means,
-    first_tensor,
     flatten_tasks,
     gradients_of,
     leaves,
@@ -96,12 +95,6 @@ def test_every_task_drops_out_for_itself():
     found = TaskMap()(nn.Dropout(0.5), torch.ones(4, 50))
     assert len(set(map(tuple, found.tolist()))) == 4
     assert set(found.unique().tolist()) == {0.0, 2.0}
-
-
-def test_the_first_tensor_of_a_tree():
-    x = torch.ones(1)
-    for tree in (x, (x, 2), ({"a": (x,)}, torch.zeros(1))):
-        assert first_tensor(tree) is x
 
 
 def test_class_means_by_hand():

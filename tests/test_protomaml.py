@@ -46,7 +46,7 @@ def by_hand(of: ConvNet, tasks: Episode, i: int, lr: float, steps: int, through:
     images, labels = tasks.support_images[i], tasks.support_labels[i]
 
     def embed(parameters: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return functional_call(of, parameters, (x,))
+        return functional_call(of, dict(parameters), (x,))
 
     embeddings = embed(shared, images)
     means = torch.stack([embeddings[labels == c].mean(0) for c in range(3)])

@@ -16,8 +16,7 @@ from metatutor.episodes import ClassImages, Episode, EpisodeSpec
 from metatutor.evaluation import confidence95, scores
 from metatutor.memory import MANN, FeedForward, PlainLSTM
 from metatutor.memory import stream as stream_module
-from metatutor.memory.codes import Codes, strings
-from metatutor.memory.stream import StreamLearner, instances, shift_labels
+from metatutor.memory.stream import Codes, StreamLearner, instances, shift_labels, strings
 from metatutor.testing import check_learner
 from metatutor.training import TrainConfig, train
 from tests.streams import METHODS, inputs_by_hand, learner, linear, mann, noise, small_mann, stream, vivid

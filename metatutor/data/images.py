@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,14 +49,8 @@ def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 2
 
 
 def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) -> ClassImages:
-    """Classes of a folder that holds a folder of image files for each class.
-
-    Args:
-        folder: its sub-folders are the classes, named after them.
-        image_size: height and width in pixels that images are resized to.
-        channels: 1 for greys, 3 for colours.
-    """
-    from PIL import Image, UnidentifiedImageError
+    """Classes of image files, each sub-folder of `folder` a class named after it; resized as in `from_dataset`."""
+    from PIL import Image
 
     files = sorted(path for path in Path(folder).expanduser().glob("*/*") if path.is_file() and path.name[0] != ".")
     if not files:
@@ -65,7 +60,7 @@ def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) 
         try:
             with Image.open(path) as image:
                 pairs.append((image.convert("RGB" if channels == 3 else "L"), path.parent.name))
-        except (OSError, UnidentifiedImageError) as error:
+        except OSError as error:
             raise ValueError(f"cannot read {path} as an image ({error}); remove it or convert it") from None
     return from_dataset(pairs, image_size=image_size, channels=channels)
 
@@ -73,8 +68,6 @@ def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) 
 def _resized(image: Any, size: int, channels: int) -> Tensor:
     """`[channel, size, size]`, floats from 0 to 1."""
     if hasattr(image, "convert"):  # a PIL image
-        import numpy as np
-
         array = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))
         image = array.movedim(-1, 0) if channels == 3 else array
     tensor = torch.as_tensor(image)
@@ -133,12 +126,8 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
             f"to {high:g}; divide by 255, or undo the normalisation"
         )
     tensor = tensor if tensor.is_floating_point() else tensor.float() / most
-    if (
-        strokes
-        and tensor.shape[1] == 1
-        and ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
-        and tensor.mean() > 0.7
-    ):
+    without_greys = ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
+    if strokes and tensor.shape[1] == 1 and without_greys and tensor.mean() > 0.7:
         raise ValueError(
             f"{name} look like dark strokes on white paper, but here 0 is paper and 1 is ink; give 1 - images"
         )

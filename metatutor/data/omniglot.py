@@ -11,9 +11,10 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -158,11 +159,6 @@ def _fetch(folder: Path, part: _Part) -> Path:
 # --- what the archives hold ---
 
 
-def _members(source: Path, part: _Part) -> AbstractContextManager[tuple[list[str], Callable[[str], bytes]]]:
-    """The names of the files in a zip or a folder, as in the published zip; and how to read one."""
-    return members(source, source.parent if part.inside else source)
-
-
 def _bitmap(read: Callable[[str], bytes], name: str) -> Bool[np.ndarray, "105 105"]:
     """A drawing; paper is True."""
     from PIL.PngImagePlugin import PngImageFile  # no other format; and no memory for pixels before they are asked for
@@ -177,9 +173,14 @@ def _bitmap(read: Callable[[str], bytes], name: str) -> Bool[np.ndarray, "105 10
 def _bitmaps(source: Path, part: _Part) -> Iterator[tuple[str, Bool[np.ndarray, "105 105"]]]:
     """Every drawing with its path, in order; raises at the latest after the last one if they are not the published."""
     digest = hashlib.sha256()
-    with _members(source, part) as (files, read):
+    with members(source, source.parent if part.inside else source) as (files, read):
         names = [name for name in files if name.startswith(part.inside) and name.endswith(".png") and "/." not in name]
-        _check_counts(names, part)
+        folders = Counter(name.rpartition("/")[0] for name in names)
+        for folder, count in folders.items():
+            if count != _DRAWINGS:
+                raise ValueError(f"{count} drawings of {folder}, expected {_DRAWINGS}")
+        if len(folders) != part.folders:
+            raise ValueError(f"{len(folders)} folders of drawings, expected {part.folders}")
         for name in names:
             bitmap = _bitmap(read, name)
             digest.update(name.encode() + b"\0" + np.packbits(bitmap).tobytes())
@@ -191,15 +192,6 @@ def _bitmaps(source: Path, part: _Part) -> Iterator[tuple[str, Bool[np.ndarray, 
         )
 
 
-def _check_counts(names: list[str], part: _Part) -> None:
-    folders = Counter(name.rpartition("/")[0] for name in names)
-    for folder, count in folders.items():
-        if count != _DRAWINGS:
-            raise ValueError(f"{count} drawings of {folder}, expected {_DRAWINGS}")
-    if len(folders) != part.folders:
-        raise ValueError(f"{len(folders)} folders of drawings, expected {part.folders}")
-
-
 def _check(source: Path, part: _Part) -> None:
     for _ in _bitmaps(source, part):
         pass
@@ -209,18 +201,17 @@ def _check(source: Path, part: _Part) -> None:
 
 def _labels(source: Path) -> Int64[Tensor, "20 20"]:
     """Of each of Lake's runs, which support image each query image matches."""
-    with _members(source, _RUNS) as (_, read):
-        return torch.tensor([_run_labels(read, f"run{i:02}") for i in range(1, 21)])
-
-
-def _run_labels(read: Callable[[str], bytes], run: str) -> list[int]:
-    with decoding(f"cannot read {run}/class_labels.txt"):
-        text = read(f"{run}/class_labels.txt").decode()
-    matches = dict(re.findall(rf"{run}/test/item(\d\d)\.png\s+{run}/training/class(\d\d)\.png", text))
-    labels = [int(drawn) - 1 for _, drawn in sorted(matches.items())]  # [query]
-    if sorted(labels) != list(range(20)):
-        raise ValueError(f"{run}/class_labels.txt pairs {len(matches)} items, expected each of 20 items with one class")
-    return labels
+    labels = []
+    with members(source, source) as (_, read):
+        for run in (f"run{i:02}" for i in range(1, 21)):
+            with decoding(f"cannot read {run}/class_labels.txt"):
+                text = read(f"{run}/class_labels.txt").decode()
+            pairs = dict(re.findall(rf"{run}/test/item(\d\d)\.png\s+{run}/training/class(\d\d)\.png", text))
+            labels.append([int(drawn) - 1 for _, drawn in sorted(pairs.items())])
+            if sorted(labels[-1]) != list(range(20)):
+                found = f"pairs {len(pairs)} items, expected each of 20 items with one class"
+                raise ValueError(f"{run}/class_labels.txt {found}")
+    return torch.tensor(labels)
 
 
 # --- pixels, once ---
@@ -260,9 +251,9 @@ def _fingerprint(source: Path) -> str:
         return digest.hexdigest()
 
 
-def _cache_file(sources: Sequence[Path], parts: Sequence[_Part], image_size: int) -> Path:
+def _cache_file(sources: Mapping[_Part, Path], image_size: int) -> Path:
     """Named after what was decoded, so that no source is ever answered with the pixels of another."""
-    key = "".join(_fingerprint(source) + part.digest for source, part in zip(sources, parts, strict=True))
+    key = "".join(_fingerprint(source) + part.digest for part, source in sources.items())
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     return _cache_folder() / f"omniglot-{_CACHE_FORMAT}-{image_size}px-{digest}.npz"
 
@@ -273,7 +264,7 @@ def _read_cache(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
         return torch.from_numpy(kept["images"]), tuple(kept["names"].tolist())
 
 
-# --- the dataset ---
+# --- the dataset, its splits, and Lake's one-shot runs ---
 
 
 Source = TypeVar("Source")  # what tasks are drawn from
@@ -286,9 +277,7 @@ class Splits(Generic[Source]):
     No character, turned or not, is in two of them: Ravi and Larochelle (2017), section 2.
 
     Args:
-        train: classes to meta-train on.
-        validation: classes to choose settings by.
-        test: classes to report accuracy on.
+        train, validation, test: classes to meta-train on, to choose settings by, and to report accuracy on.
         id: names the split in records, such as `random-0`: the same id means the same classes.
     """
 
@@ -302,7 +291,34 @@ class Splits(Generic[Source]):
 
 
 @dataclass(frozen=True, eq=False)
-class Omniglot:
+class Alphabets:
+    """Images of characters, and their names: what `Omniglot` and `Strokes` have in common."""
+
+    images: UInt8[Tensor, "character drawing 1 height width"]
+    names: tuple[str, ...]
+
+    @property
+    def alphabets(self) -> tuple[str, ...]:
+        """The names of the alphabets, in the order of their characters."""
+        return tuple(dict.fromkeys(name.partition("/")[0] for name in self.names))
+
+    def _numbers(self) -> Int64[Tensor, " character"]:
+        """Of each character, the number of its alphabet."""
+        number = {name: i for i, name in enumerate(self.alphabets)}
+        return torch.tensor([number[name.partition("/")[0]] for name in self.names])
+
+    def _splits(self, parts: Iterable[Tensor], name: str, rotations: bool) -> Splits:
+        """Classes of the characters whose numbers are given for each part."""
+
+        def classes(part: Tensor) -> ClassImages:
+            part = part.sort().values
+            return ClassImages(self.images[part], tuple(self.names[i] for i in part.tolist()), rotations)
+
+        return Splits(*map(classes, parts), id=name if rotations else f"{name}-upright")
+
+
+@dataclass(frozen=True, eq=False)
+class Omniglot(Alphabets):
     """All characters of Omniglot as one tensor, pixels 0 (paper) to 255 (ink): the 964 background, then the 659 others.
 
     Args:
@@ -322,7 +338,6 @@ class Omniglot:
     """
 
     images: UInt8[Tensor, "character 20 1 height width"]
-    names: tuple[str, ...]
     n_background: int
 
     @classmethod
@@ -337,8 +352,7 @@ class Omniglot:
         """Read Omniglot from `root`, else METATUTOR_DATA, else the user's cache folder, where it is downloaded to.
 
         The first time, every drawing is compared with the published ones and resized with antialiasing; the result is
-        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays as it is. A
-        ValueError says what is wrong with the data, a DownloadError that no source gives an intact copy.
+        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays as it is.
 
         Args:
             root: a folder with the two official zips or the folders they unpack to, directly or in `omniglot-py`.
@@ -351,22 +365,15 @@ class Omniglot:
             DownloadError: if no source gives an intact copy.
         """
         _check_size(image_size)
-        sources = [_locate(root, part, download) for part in parts]
-        path = _cache_file(sources, parts, image_size)
+        sources = {part: _locate(root, part, download) for part in parts}
+        path = _cache_file(sources, image_size)
         if kept := _read_cache(path):
             return cls(*kept, parts[0].folders)
-        hint = " (METATUTOR_CACHE names the cache)"
-        with replacing(path, hint) as temporary, temporary.open("wb") as file:
-            decoded = [_decode(source, part, image_size) for source, part in zip(sources, parts, strict=True)]
-            names = tuple(name for names, _ in decoded for name in names)
-            images = torch.cat([images for _, images in decoded])
+        with replacing(path, " (METATUTOR_CACHE names the cache)") as temporary, temporary.open("wb") as file:
+            names, images = zip(*(_decode(source, part, image_size) for part, source in sources.items()), strict=True)
+            names, images = tuple(chain(*names)), torch.cat(images)
             np.savez(file, images=images.numpy(), names=np.array(names))
         return cls(images, names, parts[0].folders)
-
-    @property
-    def alphabets(self) -> tuple[str, ...]:
-        """The names of the alphabets, in the order of their characters."""
-        return tuple(dict.fromkeys(name.partition("/")[0] for name in self.names))
 
     def split(self, protocol: str = "random", *, seed: int = 0, rotations: bool = True) -> Splits:
         """Part the characters into meta-training, meta-validation and meta-test classes.
@@ -386,13 +393,12 @@ class Omniglot:
         """
         generator = torch.Generator().manual_seed(seed)
         if protocol == "random":
-            train, validation, test = self._random(generator)
+            parts = self._random(generator)
         elif protocol == "lake":
-            train, validation, test = self._lake(generator)
+            parts = self._lake(generator)
         else:
             raise ValueError(f"no split {protocol!r}; choose 'random' or 'lake'")
-        name = f"{protocol}-{seed}" + ("" if rotations else "-upright")
-        return Splits(*(self._classes(chosen, rotations) for chosen in (train, validation, test)), id=name)
+        return self._splits(parts, f"{protocol}-{seed}", rotations)
 
     def _random(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         n_test = len(self.names) - _TRAIN - _VALIDATION
@@ -401,22 +407,14 @@ class Omniglot:
         return torch.randperm(len(self.names), generator=generator).split([_TRAIN, _VALIDATION, n_test])
 
     def _lake(self, generator: torch.Generator) -> tuple[Tensor, ...]:
-        alphabet = {name: i for i, name in enumerate(self.alphabets)}
-        of = torch.tensor([alphabet[name.partition("/")[0]] for name in self.names])  # [character]
-        background = torch.arange(len(self.names)) < self.n_background
-        n_alphabets = len(of[background].unique())
+        background, test = torch.arange(len(self.names)).tensor_split([self.n_background])
+        alphabet = self._numbers()[background]
+        n_alphabets = len(alphabet.unique())
         if n_alphabets <= _VALIDATION_ALPHABETS:
             raise ValueError(f"a lake split needs more than {_VALIDATION_ALPHABETS} background alphabets")
         held_out = torch.randperm(n_alphabets, generator=generator)[:_VALIDATION_ALPHABETS]
-        validation = background & torch.isin(of, held_out)
-        return tuple(where.nonzero().squeeze(1) for where in (background & ~validation, validation, ~background))
-
-    def _classes(self, chosen: Int64[Tensor, " n"], rotations: bool) -> ClassImages:
-        chosen = chosen.sort().values
-        return ClassImages(self.images[chosen], tuple(self.names[i] for i in chosen.tolist()), rotations)
-
-
-# --- Lake's one-shot runs ---
+        validation = torch.isin(alphabet, held_out)
+        return background[~validation], background[validation], test
 
 
 def one_shot_runs(root: Path | str | None = None, *, download: bool = True, image_size: int = 28) -> Episode:
@@ -472,13 +470,9 @@ def download(root: Path | str | None = None, *, runs: bool = False, parts: Seque
     are fetched too.
     """
     folder, _ = _folder(root)
-    sources = [_have(folder, part) for part in (*parts, *[_RUNS] * runs)]
+    found = ((part, _find(folder, part)) for part in (*parts, *[_RUNS] * runs))
+    sources = [_intact(source, part) if source else _fetch(folder, part) for part, source in found]
     return Verification(tuple(sources), sum(part.folders for part in parts))
-
-
-def _have(folder: Path, part: _Part) -> Path:
-    """The intact archive, downloaded if it is not there."""
-    return _intact(found, part) if (found := _find(folder, part)) else _fetch(folder, part)
 
 
 def _intact(source: Path, part: _Part) -> Path:
@@ -490,22 +484,18 @@ def _intact(source: Path, part: _Part) -> Path:
 def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -> Verification:
     """Compare every drawing of a copy with the published ones, also of Lake's one-shot runs if they are there."""
     sources = [_intact(_locate(root, part, download=False), part) for part in parts]
-    return Verification((*sources, *_intact_runs(root)), sum(part.folders for part in parts))
-
-
-def _intact_runs(root: Path | str | None) -> list[Path]:
-    """Lake's runs if they are there; damaged ones are not passed over."""
-    folder, _ = _folder(root)
-    return [_intact(found, _RUNS)] if (found := _find(folder, _RUNS)) else []
+    if runs := _find(_folder(root)[0], _RUNS):
+        sources.append(_intact(runs, _RUNS))
+    return Verification(tuple(sources), sum(part.folders for part in parts))
 
 
 def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequence[_Part] = _PARTS) -> Info:
     """Count what is in `root`, else METATUTOR_DATA, else the cache folder, and tell where the pixels are."""
     omniglot = Omniglot.load(root, download=False, image_size=image_size, parts=parts)
-    sources = [_locate(root, part, download=False) for part in parts]
-    cache = _cache_file(sources, parts, image_size)
-    n_characters, n_drawings = omniglot.images.shape[:2]
-    counts = len(omniglot.alphabets), n_characters, n_characters * n_drawings
-    _intact_runs(root)
+    sources = {part: _locate(root, part, download=False) for part in parts}
+    cache = _cache_file(sources, image_size)
+    counts = len(omniglot.alphabets), len(omniglot.names), len(omniglot.names) * _DRAWINGS
+    if runs := _find(_folder(root)[0], _RUNS):
+        _intact(runs, _RUNS)  # damaged ones are not passed over
     with _reading(cache):
-        return Info(*counts, tuple(sources), cache, cache.stat().st_size)
+        return Info(*counts, tuple(sources.values()), cache, cache.stat().st_size)

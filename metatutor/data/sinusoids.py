@@ -74,13 +74,8 @@ class SinusoidSampler:
         k_shot, n_query = self.spec.k_shot, self.spec.n_query
         # one row of random numbers a task, so that a task does not depend on how many are drawn at once
         drawn = torch.rand(n_tasks, 2 + k_shot + n_query, dtype=torch.float64, generator=self.generator)
-        amplitude, phase, x = (
-            low + (high - low) * part
-            for part, (low, high) in zip(
-                drawn.split([1, 1, k_shot + n_query], dim=1), vars(self.waves).values(), strict=True
-            )
-        )
+        parts = zip(drawn.split([1, 1, k_shot + n_query], dim=1), vars(self.waves).values(), strict=True)
+        amplitude, phase, x = (low + (high - low) * part for part, (low, high) in parts)
         y = amplitude * torch.sin(x - phase)
-        support, query = (slice(0, k_shot), slice(k_shot, None))
-        points = [t[:, part, None].float() for part in (support, query) for t in (x, y)]
+        points = [t[:, part, None].float() for part in (slice(k_shot), slice(k_shot, None)) for t in (x, y)]
         return Episode(*points, n_way=1), torch.cat([amplitude, phase], dim=1).float()

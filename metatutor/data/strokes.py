@@ -19,8 +19,7 @@ from jaxtyping import Bool, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from metatutor.data.omniglot import Splits
-from metatutor.episodes import ClassImages
+from metatutor.data.omniglot import Alphabets, Splits
 
 _PIXELS = 28
 _STROKES = 4  # at most, in a character
@@ -113,9 +112,6 @@ class _Characters(NamedTuple):
     shapes: Float64[Tensor, "character stroke node 2"]  # in a box of side 1
     boxes: Int64[Tensor, "character stroke 2 2"]  # guide lines around it: x or y, low or high
     drawn: Bool[Tensor, "character stroke"]  # the rest of the strokes do not exist
-
-    def take(self, which: Int64[Tensor, " n"]) -> _Characters:
-        return _Characters(*(field[which] for field in self))
 
 
 def _habit(generator: torch.Generator) -> _Habit:
@@ -270,11 +266,12 @@ def _alphabet(seed: int, index: int, n: int, drawings: int) -> UInt8[Tensor, "ch
     generator = _generator(seed, index, 1)  # its own, so that drawings do not depend on how many characters there are
     hands = _bell(generator, drawings, 7)  # drawing `d` of every character is by hand `d`, as in Omniglot
     taken = _clearest(habit, candidates)[:, None].expand(-1, drawings)
-    return torch.stack([_draw(generator, habit, candidates.take(same), hands) for same in taken]).unsqueeze(2)
+    characters = [_Characters(*(field[same] for field in candidates)) for same in taken]
+    return torch.stack([_draw(generator, habit, character, hands) for character in characters]).unsqueeze(2)
 
 
 @dataclass(frozen=True, eq=False)
-class Strokes:
+class Strokes(Alphabets):
     """Characters of invented alphabets as one tensor, pixels 0 (paper) to 255 (ink), much like `Omniglot`.
 
     Simple shapes, a bar or a cup, turn up in several alphabets, as they do in real ones.
@@ -295,7 +292,6 @@ class Strokes:
     """
 
     images: UInt8[Tensor, "character drawing 1 28 28"]
-    names: tuple[str, ...]
     seed: int = 0
 
     @classmethod
@@ -323,11 +319,6 @@ class Strokes:
         numbers = ((a, c) for a in range(1, n_alphabets + 1) for c in range(1, characters_per_alphabet + 1))
         return cls(torch.cat(images), tuple(f"Alphabet{a:02}/character{c:02}" for a, c in numbers), seed)
 
-    @property
-    def alphabets(self) -> tuple[str, ...]:
-        """The names of the alphabets, in the order of their characters."""
-        return tuple(dict.fromkeys(name.partition("/")[0] for name in self.names))
-
     def split(self, *, seed: int = 0, rotations: bool = True) -> Splits:
         """Part the alphabets, whole, into meta-training (about two thirds), meta-validation and meta-test classes.
 
@@ -345,12 +336,8 @@ class Strokes:
         if n < 3:
             raise ValueError(f"a split needs at least 3 alphabets, one for each part, got {n}; raise n_alphabets")
         n_validation, n_test = max(1, n // 10), max(1, n // 4)
-        order = [self.alphabets[i] for i in torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()]
-        test, validation, train = order[:n_test], order[n_test:][:n_validation], order[n_test + n_validation :]
-        upright = "" if rotations else "-upright"
-        name = f"strokes-{self.seed}-{n}x{len(self.names) // n}-{seed}{upright}"
-        return Splits(*(self._classes(part, rotations) for part in (train, validation, test)), id=name)
-
-    def _classes(self, alphabets: list[str], rotations: bool) -> ClassImages:
-        chosen = [i for i, name in enumerate(self.names) if name.partition("/")[0] in alphabets]
-        return ClassImages(self.images[chosen], tuple(self.names[i] for i in chosen), rotations)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        test, validation, train = order.tensor_split([n_test, n_test + n_validation])
+        alphabet = self._numbers()
+        parts = (torch.isin(alphabet, part).nonzero().squeeze(1) for part in (train, validation, test))
+        return self._splits(parts, f"strokes-{self.seed}-{n}x{len(self.names) // n}-{seed}", rotations)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from metatutor.backbones import embedding_size
+from metatutor.checks import check_sizes
 from metatutor.embedding import EmbeddingLearner
 from metatutor.episodes import Episode
-
-Labels = Int[Tensor, "task support"]
 
 
 class MemoryLearner(EmbeddingLearner):
@@ -24,22 +22,10 @@ class MemoryLearner(EmbeddingLearner):
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         check_sizes(n_way=n_way)
-        self.n_way = n_way
+        self.n_way = self.ways = n_way
         self.embedding_size = embedding_size(self.network, type(self).__name__)
-
-    @property
-    def ways(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The classes that a task must have."""
-        return self.n_way
 
     def check_ways(self, episode: Episode) -> None:
         """Raise a `ValueError` if the episode has other ways than the labels that this learner reads."""
         if episode.n_way != self.n_way:
             raise ValueError(f"the episode has n_way = {episode.n_way} but this learner was made for {self.n_way}")
-
-
-def check_sizes(**sizes: int) -> None:
-    """Raise a `ValueError` if a size is not positive."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be a positive integer, got {size}")

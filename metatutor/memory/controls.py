@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.memory.base import check_sizes
-from metatutor.memory.codes import LabelCode
-from metatutor.memory.stream import State, StreamLearner, lstm, remember
+from metatutor.checks import check_sizes
+from metatutor.memory.stream import LabelCode, State, StreamLearner, lstm, remember
 
 
 class _Control(StreamLearner):
@@ -48,15 +47,13 @@ class PlainLSTM(_Control):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
+        ValueError: if the network normalises over several images, or an episode has other ways.
 
     Example:
         >>> import torch
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Episode, Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> PlainLSTM(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> PlainLSTM(Pixels(20))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -100,15 +97,13 @@ class FeedForward(_Control):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
+        ValueError: if the network normalises over several images, or an episode has other ways.
 
     Example:
         >>> import torch
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Episode, Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> FeedForward(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> FeedForward(Pixels(20))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:

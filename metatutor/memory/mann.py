@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.checks import check_sizes
 from metatutor.episodes import Episode
-from metatutor.memory.base import check_sizes
-from metatutor.memory.codes import LabelCode
-from metatutor.memory.stream import StreamLearner, lstm, remember, shift_labels
+from metatutor.memory.stream import LabelCode, StreamLearner, lstm, remember, shift_labels
 
 EPSILON = 1e-8
+Matrix = Float[Tensor, "task slot width"]
+Weights = Float[Tensor, "task head slot"]
+Keys = Float[Tensor, "task head width"]
 
 
 class Memory(NamedTuple):
@@ -22,11 +24,11 @@ class Memory(NamedTuple):
 
     h: Float[Tensor, "task hidden"]
     cell: Float[Tensor, "task hidden"]
-    matrix: Float[Tensor, "task slot width"]
+    matrix: Matrix
     usage: Float[Tensor, "task slot"]
-    read_weights: Float[Tensor, "task head slot"]
-    write_weights: Float[Tensor, "task head slot"]
-    read: Float[Tensor, "task head width"]
+    read_weights: Weights
+    write_weights: Weights
+    read: Keys
 
 
 class MANN(StreamLearner):
@@ -63,12 +65,10 @@ class MANN(StreamLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other
-            ways.
+        ValueError: if the network normalises over several images, or an episode has other ways.
 
     Example:
-        >>> from metatutor import Episode
-        >>> from metatutor.backbones import Pixels
+        >>> from metatutor import Pixels
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> MANN(Pixels(20))(Episode(images, labels, images, labels, n_way=5)).shape
         torch.Size([2, 5, 5])
@@ -152,7 +152,7 @@ class MANN(StreamLearner):
         return states
 
 
-def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "task head slot"]:
+def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Weights:
     """For each head a slot of its own, marked by 1: the least used one, the next, …; of equals the first (equation 6).
 
     Example:
@@ -163,12 +163,7 @@ def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Float[Tensor, "
     return F.one_hot(slots, usage.shape[1]).to(usage.dtype)
 
 
-def write(
-    matrix: Float[Tensor, "task slot width"],
-    unused: Float[Tensor, "task head slot"],
-    weights: Float[Tensor, "task head slot"],
-    keys: Float[Tensor, "task head width"],
-) -> Float[Tensor, "task slot width"]:
+def write(matrix: Matrix, unused: Weights, weights: Weights, keys: Keys) -> Matrix:
     """The memory, its least used slots wiped and every head's key added by its weights (equation 8 and before).
 
     Example:
@@ -179,9 +174,7 @@ def write(
     return torch.baddbmm(matrix * (1 - unused.sum(1))[..., None], weights.mT, keys)
 
 
-def cosine(
-    keys: Float[Tensor, "task head width"], matrix: Float[Tensor, "task slot width"]
-) -> Float[Tensor, "task head slot"]:
+def cosine(keys: Keys, matrix: Matrix) -> Weights:
     """The cosine of every key with every row of the memory; 0 with an empty row (equation 2).
 
     Example:

@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from metatutor.embedding import Logits
+from metatutor.checks import check_sizes
+from metatutor.embedding import Logits, Query, Support
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, preprocess
-from metatutor.memory.base import MemoryLearner, check_sizes
+from metatutor.memory.base import MemoryLearner
 
 
 class FastMemory(NamedTuple):
@@ -102,8 +103,7 @@ class MetaNet(MemoryLearner):
         """Classify each query image with slow weights and the fast weights it finds."""
         self.check_ways(episode)
         support, query = self.embed(episode)
-        memory = self.remember(support, episode)
-        fast = self.recall(memory, query)
+        fast = self.recall(self.remember(support, episode), query)
         return vmap(vmap(self.base.with_fast))(query, fast)
 
     def memory(self, episode: Episode) -> FastMemory:
@@ -111,25 +111,23 @@ class MetaNet(MemoryLearner):
         self.check_ways(episode)
         return self.remember(self.embed(episode)[0], episode)
 
-    def remember(self, support: Float[Tensor, "task support embedding"], episode: Episode) -> FastMemory:
+    def remember(self, support: Support, episode: Episode) -> FastMemory:
         """Fast weights of every support image, and its key (steps 1 and 2)."""
         labels = episode.support_labels
         of_key = self.gradients(self.key, support[:, : self.n_gradients], labels[:, : self.n_gradients])
-        key_fast = {name: self.key_weights(g) for name, g in of_key.items() if name == "first"}
+        key_fast = {"first": self.key_weights(of_key["first"])}
         fast = {name: self.base_weights(g) for name, g in self.gradients(self.base, support, labels).items()}
         keys = vmap(self.key.hidden)(support, key_fast["first"])
         return FastMemory(keys, fast, key_fast)
 
-    def recall(self, memory: FastMemory, query: Float[Tensor, "task query embedding"]) -> Parameters:
+    def recall(self, memory: FastMemory, query: Query) -> Parameters:
         """For each query image the fast weights of the support images it resembles, `[task, query, ...]` (step 3)."""
         attention = self.attend(memory, query)
         return {
             name: (attention @ stored.flatten(2)).unflatten(2, stored.shape[2:]) for name, stored in memory.fast.items()
         }
 
-    def attend(
-        self, memory: FastMemory, query: Float[Tensor, "task query embedding"]
-    ) -> Float[Tensor, "task query support"]:
+    def attend(self, memory: FastMemory, query: Query) -> Float[Tensor, "task query support"]:
         """How much of each support image's fast weights each query image takes."""
         asked = vmap(self.key.hidden)(query, memory.key_fast["first"])
         cosines = F.normalize(asked, dim=-1) @ F.normalize(memory.keys, dim=-1).mT

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from metatutor.checks import check_sizes
 from metatutor.embedding import Logits
 from metatutor.episodes import Episode
-from metatutor.memory.base import MemoryLearner, check_sizes
+from metatutor.memory.base import MemoryLearner
 
 Sequence = Float[Tensor, "task place channel"]
 Longer = Float[Tensor, "task place longer"]  # items with what a block has appended to them

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from metatutor.checks import check_choice
 from metatutor.embedding import Logits
 from metatutor.episodes import Episode
+from metatutor.functional import Labels
 from metatutor.memory.base import MemoryLearner
-from metatutor.memory.codes import N_LETTERS, Codes, LabelCode, check_label_code, strings
 
+LabelCode = Literal["one-hot", "letters"]
+N_LETTERS = 5  # letters in a string, and letters of the alphabet
 State = tuple[Tensor, ...]  # every tensor begins with the task axis
+Coded = Float[Tensor, "task time code"]  # labels, or answers
+Hidden = Float[Tensor, "task hidden"]
 
 
 class StreamLearner(MemoryLearner):
@@ -42,7 +48,7 @@ class StreamLearner(MemoryLearner):
         finetune_lr: float = 0.01,
     ) -> None:
         super().__init__(network, n_way=n_way, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
-        check_label_code(labels)
+        check_choice("labels", labels, ["one-hot", "letters"])
         if self.network.normalization not in ("group", "none"):
             raise ValueError(
                 f"a stream is answered image by image, but with normalization = {self.network.normalization!r} a later "
@@ -113,9 +119,7 @@ class StreamLearner(MemoryLearner):
         """Embeddings of a stream's images."""
         return self.of_tasks(self.network.embed, images)
 
-    def read(
-        self, embeddings: Float[Tensor, "task time embedding"], codes: Float[Tensor, "task time code"]
-    ) -> tuple[State, Float[Tensor, "task time code"]]:
+    def read(self, embeddings: Float[Tensor, "task time embedding"], codes: Coded) -> tuple[State, Coded]:
         """The state that a stream leaves, and the answers on the way."""
         state, answers = self.start(len(embeddings)), []
         for prepared in self.prepare(torch.cat([embeddings, shift_labels(codes)], dim=-1)).unbind(1):
@@ -136,7 +140,58 @@ class StreamLearner(MemoryLearner):
         return next(self.parameters()).dtype
 
 
-def shift_labels(codes: Float[Tensor, "task time code"]) -> Float[Tensor, "task time code"]:
+class Codes:
+    """How labels are written for a batch of tasks: one-hot, or as the letters of each class's string.
+
+    With strings, a code is one one-hot letter after the other, and `n_way` is not needed: Santoro et al. (2016),
+    section 4.1.2.
+    """
+
+    def __init__(self, strings: Int[Tensor, "task way letter"] | None, dtype: torch.dtype, n_way: int = 0) -> None:
+        self.strings, self.dtype, self.n_way = strings, dtype, n_way
+
+    def of(self, labels: Labels) -> Float[Tensor, "task support code"]:
+        """The codes of labels."""
+        if self.strings is None:
+            return F.one_hot(labels, self.n_way).to(self.dtype)
+        spelled = self.strings.gather(1, labels[..., None].expand(-1, -1, N_LETTERS))  # [task, support, letter]
+        return F.one_hot(spelled, N_LETTERS).to(self.dtype).flatten(2)
+
+    def logits(self, answers: Coded) -> Float[Tensor, "task time way"]:
+        """The logit of every class: for strings, the log-probability that the answer spells its string."""
+        if self.strings is None:
+            return answers
+        letters = answers.unflatten(2, (N_LETTERS, N_LETTERS)).log_softmax(-1).flatten(2)  # [task, time, letter]
+        return letters @ F.one_hot(self.strings, N_LETTERS).to(self.dtype).flatten(2).mT
+
+    def named(self, answers: Coded) -> Int[Tensor, "task time"]:
+        """The label that an answer names; -1 if it spells a string that no class has."""
+        if self.strings is None:
+            return answers.argmax(-1)
+        spelled = answers.unflatten(2, (N_LETTERS, N_LETTERS)).argmax(-1)  # [task, time, letter]
+        same = (spelled[:, :, None] == self.strings[:, None]).all(-1)  # [task, time, way]
+        return torch.where(same.any(-1), same.int().argmax(-1), -1)
+
+
+def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
+    """A string of five letters, from 0 to 4, for each class of each task: distinct within a task, and random.
+
+    They are drawn from a generator that the order of the task's labels seeds, so that a task is always written alike.
+    """
+    n_strings = N_LETTERS**N_LETTERS
+    if n_way > n_strings:
+        raise ValueError(f"n_way = {n_way} exceeds the {n_strings} strings of five letters; lower n_way")
+    drawn = []
+    for of_task in labels.tolist():
+        seed = 0
+        for label in of_task:
+            seed = (seed * n_way + label) % (2**61 - 1)
+        drawn.append(torch.randperm(n_strings, generator=torch.Generator().manual_seed(seed))[:n_way])
+    places = N_LETTERS ** torch.arange(N_LETTERS)
+    return (torch.stack(drawn)[..., None] // places % N_LETTERS).to(labels.device)
+
+
+def shift_labels(codes: Coded) -> Coded:
     """What is told at every step of a stream: the label of the image before; nothing at the first.
 
     Example:
@@ -157,9 +212,7 @@ def instances(labels: Int[Tensor, "task time"], n_way: int) -> Int[Tensor, "task
     return (members.cumsum(1) * members).sum(-1) - 1
 
 
-def lstm(
-    gates: Float[Tensor, "task gates"], cell: Float[Tensor, "task hidden"]
-) -> tuple[Float[Tensor, "task hidden"], Float[Tensor, "task hidden"]]:
+def lstm(gates: Float[Tensor, "task gates"], cell: Hidden) -> tuple[Hidden, Hidden]:
     """Output and cell of an LSTM after one step; `gates` are what enters the input, forget, cell and output gates."""
     enter, forget, candidate, out = gates.chunk(4, dim=-1)
     cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import embedding_size
-from metatutor.embedding import EmbeddingLearner, Logits
+from metatutor.checks import check_positive
+from metatutor.embedding import EmbeddingLearner, Logits, Query, Support
 from metatutor.episodes import Episode
+from metatutor.functional import Labels
 from metatutor.learner import Loss
-from metatutor.metric.base import SupportLabels, of_other_classes
 
 
 class Matching(EmbeddingLearner):
@@ -37,7 +38,7 @@ class Matching(EmbeddingLearner):
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> learner = Matching(ConvNet(filters=8), full_context=True)
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).exp().sum(-1).allclose(torch.ones(2, 5))
+        >>> learner(Episode(images, labels, images)).exp().sum(-1).allclose(torch.ones(2, 5))
         True
 
     Reference:
@@ -56,10 +57,7 @@ class Matching(EmbeddingLearner):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        if not scale > 0:
-            raise ValueError(f"scale must be positive, got {scale}")
-        if reading_steps < 1:
-            raise ValueError(f"reading_steps must be positive, got {reading_steps}")
+        check_positive(scale=scale, reading_steps=reading_steps)
         self.scale = scale
         self.context = FullContext(embedding_size(self.network, "Matching"), reading_steps) if full_context else None
 
@@ -86,9 +84,7 @@ class FullContext(nn.Module):
         self.over_support = nn.LSTM(size, size, bidirectional=True, batch_first=True)
         self.gates = nn.Linear(3 * size, 4 * size)
 
-    def forward(
-        self, support: Float[Tensor, "task support embedding"], query: Float[Tensor, "task query embedding"]
-    ) -> tuple[Float[Tensor, "task support embedding"], Float[Tensor, "task query embedding"]]:
+    def forward(self, support: Support, query: Query) -> tuple[Support, Query]:
         """`g(x)` of all support images and `f(query)` of all query images."""
         forward, backward = self.over_support(support)[0].chunk(2, dim=-1)
         support = forward + backward + support
@@ -102,7 +98,8 @@ class FullContext(nn.Module):
         return support, h
 
 
-def attend(scores: Float[Tensor, "task query support"], labels: SupportLabels, n_way: int) -> Logits:
+def attend(scores: Float[Tensor, "task query support"], labels: Labels, n_way: int) -> Logits:
     """The logarithm of the attention that each class receives: `log sum of softmax(scores)` over its members."""
     shares = scores.log_softmax(-1)[:, :, None]  # [task, query, 1, support]
-    return shares.masked_fill(of_other_classes(labels, n_way), -torch.inf).logsumexp(-1)
+    others = labels[:, None] != torch.arange(n_way, device=labels.device)[:, None]  # [task, way, support]
+    return shares.masked_fill(others[:, None], -torch.inf).logsumexp(-1)

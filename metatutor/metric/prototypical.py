@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.embedding import EmbeddingLearner, Logits
+from metatutor.checks import check_choice
+from metatutor.embedding import EmbeddingLearner, Logits, Query
 from metatutor.episodes import Episode
 from metatutor.functional import class_means
 from metatutor.learner import Loss
@@ -53,8 +54,7 @@ class Prototypical(EmbeddingLearner):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        if distance not in get_args(Distance):
-            raise ValueError(f"distance must be 'squared', 'euclidean' or 'cosine', got {distance!r}")
+        check_choice("distance", distance, get_args(Distance))
         self.distance: Distance = distance
 
     def answer(self, episode: Episode) -> Logits:
@@ -64,9 +64,7 @@ class Prototypical(EmbeddingLearner):
         return similarity(query, prototypes, self.distance)
 
 
-def similarity(
-    query: Float[Tensor, "task query embedding"], prototypes: Float[Tensor, "task way embedding"], distance: Distance
-) -> Logits:
+def similarity(query: Query, prototypes: Float[Tensor, "task way embedding"], distance: Distance) -> Logits:
     """Minus the distance of every pair, or ten times its cosine."""
     if distance == "cosine":
         return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT

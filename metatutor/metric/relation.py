@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import NORMALIZATIONS, ConvBlock, Embedding
+from metatutor.backbones import NORMALIZATIONS, ConvBlock
+from metatutor.checks import check_choice, check_positive
 from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
 from metatutor.learner import Loss
@@ -41,8 +42,7 @@ class Relation(EmbeddingLearner):
     Example:
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = Relation(ConvNet(filters=8, pooling="max", n_halving=2))
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> Relation(ConvNet(filters=8, pooling="max", n_halving=2))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -61,17 +61,24 @@ class Relation(EmbeddingLearner):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        if hidden < 1:
-            raise ValueError(f"hidden must be positive, got {hidden}")
-        if objective not in ("mse", "cross-entropy"):
-            raise ValueError(f"objective must be 'mse' or 'cross-entropy', got {objective!r}")
-        if over_shots not in ("mean", "sum"):
-            raise ValueError(f"over_shots must be 'mean' or 'sum', got {over_shots!r}")
+        check_positive(hidden=hidden)
+        check_choice("objective", objective, ["mse", "cross-entropy"])
+        check_choice("over_shots", over_shots, ["mean", "sum"])
         self.by_squares, self.over_shots = objective == "mse" and loss is None, over_shots
-        filters, size = _feature_size(self.network)
+        if self.network.feature_shape is None:
+            raise ValueError(
+                "Relation compares feature maps; say which layer's: backbone(network, features=its name, "
+                "image_shape=(channels, height, width))"
+            )
+        filters, height, width = self.network.feature_shape
+        if height != width or height < 4:
+            raise ValueError(
+                f"feature maps of {height}×{width} pixels leave nothing to compare; they must be square, 4×4 or "
+                "larger: give a ConvNet n_halving=2, or name an earlier layer"
+            )
         policy: Any = self.network.normalization if self.network.normalization in NORMALIZATIONS else "group"
         self.first, self.second = (ConvBlock(i, filters, "max", policy) for i in (2 * filters, filters))
-        self.hidden = nn.Linear(filters * (size // 4) ** 2, hidden)
+        self.hidden = nn.Linear(filters * (height // 4) ** 2, hidden)
         self.score = nn.Linear(hidden, 1)
 
     def answer(self, episode: Episode) -> Logits:
@@ -106,19 +113,3 @@ class Relation(EmbeddingLearner):
             return super().meta_loss(episode)
         logits = self.answer(episode)
         return F.mse_loss(logits.sigmoid(), F.one_hot(episode.query_labels, episode.n_way).to(logits.dtype))
-
-
-def _feature_size(network: Embedding) -> tuple[int, int]:
-    """Channels, and height and width in pixels, of the feature maps."""
-    if network.feature_shape is None:
-        raise ValueError(
-            "Relation compares feature maps; say which layer's: backbone(network, features=its name, "
-            "image_shape=(channels, height, width))"
-        )
-    filters, height, width = network.feature_shape
-    if height != width or height < 4:
-        raise ValueError(
-            f"feature maps of {height}×{width} pixels leave nothing to compare; they must be square, 4×4 or larger: "
-            "give a ConvNet n_halving=2, or name an earlier layer"
-        )
-    return filters, height

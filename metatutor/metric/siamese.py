@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from metatutor.backbones import embedding_size
 from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
-from metatutor.metric.base import of_other_classes
+from metatutor.functional import class_maxima
 
 
 class Siamese(EmbeddingLearner):
@@ -29,6 +28,7 @@ class Siamese(EmbeddingLearner):
         finetune_lr: learning rate of fine-tuning.
 
     Example:
+        >>> import torch
         >>> from metatutor import ConvNet, Episode
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
         >>> Siamese(ConvNet(filters=8))(Episode(images, labels, images, labels, n_way=5)).shape
@@ -51,8 +51,7 @@ class Siamese(EmbeddingLearner):
 
     def answer(self, episode: Episode) -> Logits:
         """Each class's best match."""
-        pairs, others = self.pair_logits(episode), of_other_classes(episode.support_labels, episode.n_way)
-        return pairs[:, :, None].masked_fill(others, -torch.inf).amax(-1)
+        return class_maxima(self.pair_logits(episode), episode.support_labels, episode.n_way)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean binary cross-entropy over all pairs of a query and a support image."""

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Backbone
+from metatutor.backbones import Backbone, network_name
 from metatutor.episodes import Episode
-from metatutor.functional import Parameters
+from metatutor.functional import Parameters, gradients_of
 from metatutor.learner import Loss, NetworkLearner
 from metatutor.optimization.chunks import tasks_that_fit
 
@@ -59,7 +59,6 @@ class AdaptingLearner(NetworkLearner):
     def __init__(
         self,
         network: nn.Module,
-        *,
         inner_steps: int = 1,
         test_inner_steps: int | None = None,
         fixed_head: bool = False,
@@ -71,12 +70,8 @@ class AdaptingLearner(NetworkLearner):
             raise ValueError(f"inner steps must not be negative, got {inner_steps} and {test_inner_steps}")
         self.inner_steps, self.test_inner_steps, self.fixed_head = inner_steps, test_inner_steps, fixed_head
         self.inner_loss: Loss = self.loss if inner_loss is None else inner_loss
+        self.ways = self.network.n_outputs
         self.moving = list(self._adaptable())
-
-    @property
-    def ways(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The outputs of the network."""
-        return self.network.n_outputs
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
@@ -136,18 +131,17 @@ class AdaptingLearner(NetworkLearner):
 
         Only the support set is read. Parameters that the inner loop leaves alone are the shared ones, repeated.
         """
-        return self._last_steps(episode, inner_steps, keep=1)[-1]
+        return self.adaptation_path(episode, inner_steps, last=1)[-1]
 
-    def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
-        """The parameters of every task before the first inner step and after each."""
-        return self._last_steps(episode, inner_steps, keep=None)
-
-    def _last_steps(self, episode: Episode, inner_steps: int | None, keep: int | None) -> list[Parameters]:
+    def adaptation_path(
+        self, episode: Episode, inner_steps: int | None = None, last: int | None = None
+    ) -> list[Parameters]:
+        """The parameters of every task before the first inner step and after each; all of them, or the `last` ones."""
         self.check_ways(episode)
         if inner_steps is None:
             in_training = self.training or self.test_inner_steps is None
             inner_steps = self.inner_steps if in_training else self.test_inner_steps
-        state, path = None, deque([self.initial_parameters(episode)], keep)
+        state, path = None, deque([self.initial_parameters(episode)], last)
         for step in range(inner_steps or 0):
             parameters, state = self.inner_step(path[-1], state, episode, step)
             path.append(parameters)
@@ -165,7 +159,7 @@ class AdaptingLearner(NetworkLearner):
     def _adaptable(self) -> Parameters:
         initial: Parameters = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
         if not initial:
-            raise ValueError(f"{self._network_name()} has no parameter that could adapt; unfreeze some")
+            raise ValueError(f"{network_name(self.network)} has no parameter that could adapt; unfreeze some")
         return initial
 
     def head_names(self) -> list[str]:
@@ -175,13 +169,10 @@ class AdaptingLearner(NetworkLearner):
         names = [n for n, p in self.network.named_parameters() if p in of_head and p.requires_grad]
         if not names:
             raise ValueError(
-                f"{self._network_name()} has no last layer that could adapt; say which it is with "
+                f"{network_name(self.network)} has no last layer that could adapt; say which it is with "
                 "backbone(network, head=the name of a layer)"
             )
         return names
-
-    def _network_name(self) -> str:
-        return type(self.network.module if isinstance(self.network, Backbone) else self.network).__name__
 
     def support_gradients(
         self, parameters: Parameters, episode: Episode, *, moving: list[str] | None = None, create_graph: bool = False
@@ -198,13 +189,7 @@ class AdaptingLearner(NetworkLearner):
             }
             wanted = {n: differentiable[n] for n in moving or differentiable}
             losses = self.support_losses(episode, differentiable, self.inner_loss)
-            gradients = torch.autograd.grad(
-                losses.sum(),
-                list(wanted.values()),
-                create_graph=create_graph,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            gradients = gradients_of(losses.sum(), list(wanted.values()), create_graph=create_graph)
         return losses if create_graph else losses.detach(), dict(zip(wanted, gradients, strict=True))
 
     def check_ways(self, episode: Episode) -> None:
@@ -220,12 +205,6 @@ class AdaptingLearner(NetworkLearner):
             f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
             f"one head, so {instead}"
         )
-
-
-def check_rate(inner_lr: float) -> None:
-    """Raise a `ValueError` if a learning rate is not positive."""
-    if not inner_lr > 0:
-        raise ValueError(f"inner_lr must be positive, got {inner_lr}")
 
 
 def check_loss(learner: AdaptingLearner) -> None:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from metatutor.checks import check_not_negative, check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import (
     Parameters,
@@ -20,7 +21,7 @@ from metatutor.functional import (
     with_gradient,
 )
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_loss, check_rate
+from metatutor.optimization.base import AdaptingLearner, check_loss
 
 
 class ImplicitMAML(AdaptingLearner):
@@ -46,10 +47,8 @@ class ImplicitMAML(AdaptingLearner):
         cg_damping: added to `proximity` in the linear system only. The further adaptation is from rest, the less the
             formula is true; the more damping, the less of it is taken, down to first order. In the authors' code it
             amounts to `proximity + 20`.
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same.
-        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
-        inner_loss: what the inner loop descends, if that is another.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
+        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
 
     Raises:
         ValueError: if an episode has other ways than the network has outputs.
@@ -57,8 +56,7 @@ class ImplicitMAML(AdaptingLearner):
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = ImplicitMAML(ConvNet(n_outputs=5, filters=8))
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> ImplicitMAML(ConvNet(n_outputs=5, filters=8))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -82,21 +80,9 @@ class ImplicitMAML(AdaptingLearner):
         loss: Loss | None = None,
         inner_loss: Loss | None = None,
     ) -> None:
-        check_rate(inner_lr)
-        if not proximity > 0:
-            raise ValueError(f"proximity must be positive, got {proximity}")
-        if cg_steps < 0:
-            raise ValueError(f"cg_steps must not be negative, got {cg_steps}")
-        if not cg_damping >= 0:
-            raise ValueError(f"cg_damping must not be negative, got {cg_damping}")
-        super().__init__(
-            network,
-            inner_steps=inner_steps,
-            test_inner_steps=test_inner_steps,
-            fixed_head=fixed_head,
-            loss=loss,
-            inner_loss=inner_loss,
-        )
+        check_positive(inner_lr=inner_lr, proximity=proximity)
+        check_not_negative(cg_steps=cg_steps, cg_damping=cg_damping)
+        super().__init__(network, inner_steps, test_inner_steps, fixed_head, loss, inner_loss)
         check_loss(self)
         self.inner_lr, self.proximity, self.cg_steps, self.cg_damping = inner_lr, proximity, cg_steps, cg_damping
 
@@ -120,27 +106,18 @@ class ImplicitMAML(AdaptingLearner):
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean query loss, with its implicit gradient in the initial parameters."""
-        outside = torch.is_grad_enabled()
         with torch.no_grad():
             adapted = leaves(self.adapt(episode))
-        with torch.enable_grad():
-            loss = self.query_loss(episode, adapted)
-            if not outside:
-                return loss.detach()
-            of_query = gradients_of(loss, list(adapted.values()))
-            _, of_support = self.support_gradients(adapted, episode, create_graph=True)
+        loss = self.query_loss(episode, adapted)
+        if not torch.is_grad_enabled():
+            return loss
+        of_query = gradients_of(loss, list(adapted.values()))
+        _, of_support = self.support_gradients(adapted, episode, create_graph=True)
 
         def product(vectors: Vectors) -> Vectors:
             """`(I + H / (proximity + damping))` times a vector, for each task."""
             pieces = list(unflatten_tasks(vectors, adapted).values())
-            hessian = torch.autograd.grad(
-                list(of_support.values()),
-                list(adapted.values()),
-                pieces,
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            hessian = gradients_of(list(of_support.values()), list(adapted.values()), pieces, retain_graph=True)
             return vectors + flatten_tasks(hessian) / (self.proximity + self.cg_damping)
 
         solution = conjugate_gradient(product, flatten_tasks(of_query), self.cg_steps)

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from metatutor.checks import check_choice, check_not_negative, check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, call_method, gradients_of, leaves, with_gradient
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_rate
+from metatutor.optimization.base import AdaptingLearner
 from metatutor.optimization.chunks import Compiled, tasks_that_fit
 
 
@@ -45,16 +46,15 @@ class MAML(AdaptingLearner):
             last one's.
         multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
             and moves within this many of its steps to that after the last one (MAML++).
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same. First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
+            First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
         recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
             its gradient is due, for the time of one more pass each. On a CPU, fewer tasks go side by side the more
             steps there are, so that memory does not grow with them. Not for networks with dropout, which is not the
             same again.
         compiled: whether `meta_loss` is compiled in training, which takes a minute or more at the first call. This and
             `recompute` are a matter of speed and memory, not of the result.
-        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
-        inner_loss: what the inner loop descends, if that is another.
+        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
 
     Raises:
         ValueError: if an episode has other ways than the network has outputs.
@@ -62,8 +62,7 @@ class MAML(AdaptingLearner):
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = MAML(ConvNet(n_outputs=5, filters=8), inner_lr=0.4)
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> MAML(ConvNet(n_outputs=5, filters=8), inner_lr=0.4)(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -91,27 +90,15 @@ class MAML(AdaptingLearner):
         loss: Loss | None = None,
         inner_loss: Loss | None = None,
     ) -> None:
-        check_rate(inner_lr)
-        if test_inner_lr is not None and not test_inner_lr > 0:
-            raise ValueError(f"test_inner_lr must be positive, got {test_inner_lr}")
+        check_positive(inner_lr=inner_lr, test_inner_lr=test_inner_lr)
+        check_not_negative(multi_step_iterations=multi_step_iterations)
+        check_choice("adapt", adapt, ["all", "head", "body"])
+        check_choice("learned_lr", learned_lr, ["none", "parameter", "layer"])
         if test_inner_lr is not None and learned_lr != "none":
             raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
-        if adapt not in ("all", "head", "body"):
-            raise ValueError(f"adapt must be 'all', 'head' or 'body', got {adapt!r}")
-        if learned_lr not in ("none", "parameter", "layer"):
-            raise ValueError(f"learned_lr must be 'none', 'parameter' or 'layer', got {learned_lr!r}")
-        if multi_step_iterations < 0:
-            raise ValueError(f"multi_step_iterations must not be negative, got {multi_step_iterations}")
         if inner_steps == 0 and (learned_lr != "none" or multi_step_iterations):
             raise ValueError("without inner steps there are no rates to learn and no steps to weight; see inner_steps")
-        super().__init__(
-            network,
-            inner_steps=inner_steps,
-            test_inner_steps=test_inner_steps,
-            fixed_head=fixed_head,
-            loss=loss,
-            inner_loss=inner_loss,
-        )
+        super().__init__(network, inner_steps, test_inner_steps, fixed_head, loss, inner_loss)
         self.inner_lr, self.test_inner_lr, self.first_order = inner_lr, test_inner_lr, first_order
         self.learned_lr, self.multi_step_iterations, self.recompute = learned_lr, multi_step_iterations, recompute
         self.exact_gradient = not first_order
@@ -129,19 +116,14 @@ class MAML(AdaptingLearner):
         kept = self.inner_steps if self.recompute and self.training else 0
         return min(super().tasks_at_once(episode), tasks_that_fit(episode, self.network, kept))
 
-    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """Mean loss of the query images after adaptation, or a weighted mean over the steps of it."""
-        self.check_ways(episode)
-        if torch.is_grad_enabled() and self.training and self._compiled is not None:
-            return self._compiled_loss(self._compiled, episode)
-        if torch.is_grad_enabled() and self.recompute:
-            wanted: Parameters = dict(self.meta_parameters())
-            return with_gradient(*self._recomputed_gradient(episode, self.step_weights(episode), wanted))
-        return self.outer_loss(episode)
-
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean query loss after the last inner step, or the weighted sum of those after each."""
-        return self._weighted_loss(episode, self.step_weights(episode))
+        weights = self.step_weights(episode)
+        if torch.is_grad_enabled() and self.training and self._compiled is not None:
+            return self._compiled_loss(self._compiled, episode, weights)
+        if torch.is_grad_enabled() and self.recompute:
+            return with_gradient(*self._recomputed_gradient(episode, weights, dict(self.meta_parameters())))
+        return self._weighted_loss(episode, weights)
 
     def _weighted_loss(self, episode: Episode, weights: Float[Tensor, " step"] | None) -> Float[Tensor, ""]:
         if weights is None:
@@ -160,13 +142,9 @@ class MAML(AdaptingLearner):
 
     def _initial_rates(self) -> nn.ParameterList:
         moving = [self.network.get_parameter(name) for name in self.moving]
-        shapes = {
-            "none": [],
-            "parameter": [p.shape for p in moving],
-            "layer": [(self.inner_steps,)] * len(moving),
-        }
-        dtype = moving[0].dtype if moving else None
-        return nn.ParameterList(torch.full(shape, self.inner_lr, dtype=dtype) for shape in shapes[self.learned_lr])
+        of_layers = [(self.inner_steps,)] * len(moving)
+        shapes = {"none": [], "parameter": [p.shape for p in moving], "layer": of_layers}[self.learned_lr]
+        return nn.ParameterList(torch.full(shape, self.inner_lr, dtype=moving[0].dtype) for shape in shapes)
 
     def _rates(self, step: int) -> list[Tensor] | list[float]:
         """The step size of each moving parameter."""
@@ -216,9 +194,7 @@ class MAML(AdaptingLearner):
                 before = leaves(path[step - 1])
                 after, _ = self.inner_step(before, None, episode, step - 1)
                 inputs, pulls = [*before.values(), *others.values()], [of_path[n] for n in after]
-                gradients = torch.autograd.grad(
-                    list(after.values()), inputs, pulls, allow_unused=True, materialize_grads=True
-                )
+                gradients = gradients_of(list(after.values()), inputs, pulls)
                 of_path = dict(zip(before, gradients, strict=False))
                 of_others = _added(of_others, gradients[len(before) :])
         found = of_others | {f"network.{n}": g.sum(0) for n, g in of_path.items()}
@@ -226,20 +202,17 @@ class MAML(AdaptingLearner):
 
     # --- the meta-gradient, compiled ---
 
-    def _compiled_loss(self, compiled: Compiled, episode: Episode) -> Float[Tensor, ""]:
-        weights, parameters = self.step_weights(episode), list(self.meta_parameters().values())
+    def _compiled_loss(self, compiled: Compiled, episode: Episode, weights: Tensor | None) -> Float[Tensor, ""]:
+        parameters = list(self.meta_parameters().values())
         no_weights = torch.empty(0, device=episode.query_images.device)
-        images_and_labels = (
-            episode.support_images, episode.support_labels, episode.query_images, episode.query_labels
-        )  # fmt: skip
-        loss, *gradients = compiled(no_weights if weights is None else weights, *images_and_labels, *parameters)
+        support, query = (episode.support_images, episode.support_labels), (episode.query_images, episode.query_labels)
+        loss, *gradients = compiled(no_weights if weights is None else weights, *support, *query, *parameters)
         return with_gradient(loss, parameters, gradients)
 
     def _gradient_of_tensors(self, weights: Tensor, *tensors: Tensor) -> list[Tensor]:
         """The meta-loss and its gradients as a function of nothing but tensors."""
-        images_and_labels, parameters = tensors[:4], tensors[4:]
-        episode = Episode.unchecked(*images_and_labels, n_way=self.network.n_outputs or 0)
-        own = leaves(dict(zip(self.meta_parameters(), parameters, strict=True)))
+        episode = Episode.unchecked(*tensors[:4], n_way=self.network.n_outputs or 0)
+        own = leaves(dict(zip(self.meta_parameters(), tensors[4:], strict=True)))
         given = weights if len(weights) else None
         with torch.enable_grad():
             if self.recompute:

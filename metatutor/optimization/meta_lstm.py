@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metatutor.checks import check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, flatten_tasks, preprocess, unflatten_tasks
 from metatutor.learner import Loss
@@ -34,10 +35,8 @@ class MetaLSTM(AdaptingLearner):
         inner_steps: steps of adaptation while training, each on the whole support set.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         hidden_size: of the LSTM that watches.
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same.
-        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
-        inner_loss: what the inner loop descends, if that is another.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
+        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
 
     Raises:
         ValueError: if an episode has other ways than the network has outputs.
@@ -45,8 +44,7 @@ class MetaLSTM(AdaptingLearner):
     Example:
         >>> from metatutor import ConvNet
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
-        >>> learner = MetaLSTM(ConvNet(n_outputs=5, filters=8))
-        >>> learner(Episode(images, labels, images, labels, n_way=5)).shape
+        >>> MetaLSTM(ConvNet(n_outputs=5, filters=8))(Episode(images, labels, images)).shape
         torch.Size([2, 5, 5])
 
     Reference:
@@ -66,16 +64,8 @@ class MetaLSTM(AdaptingLearner):
         loss: Loss | None = None,
         inner_loss: Loss | None = None,
     ) -> None:
-        super().__init__(
-            network,
-            inner_steps=inner_steps,
-            test_inner_steps=test_inner_steps,
-            fixed_head=fixed_head,
-            loss=loss,
-            inner_loss=inner_loss,
-        )
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size must be positive, got {hidden_size}")
+        super().__init__(network, inner_steps, test_inner_steps, fixed_head, loss, inner_loss)
+        check_positive(hidden_size=hidden_size)
         self.watch = nn.LSTMCell(4, hidden_size)
         self.forget, self.enter = (nn.Linear(hidden_size + 2, 1) for _ in range(2))
         # At first nearly all is kept and little enters: gradient descent with a rate of about 0.01.

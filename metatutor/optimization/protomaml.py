@@ -10,10 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.backbones import Embedding, backbone
+from metatutor.checks import check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, call_method, class_means
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_rate
+from metatutor.optimization.base import AdaptingLearner
 
 _LAYER = ("prototype weight", "prototype bias")  # no parameter of a module can be called so
 
@@ -59,21 +60,12 @@ class ProtoMAML(AdaptingLearner):
         loss: Loss | None = None,
         inner_loss: Loss | None = None,
     ) -> None:
-        check_rate(inner_lr)
-        super().__init__(
-            backbone(network, head=""),
-            inner_steps=inner_steps,
-            test_inner_steps=test_inner_steps,
-            loss=loss,
-            inner_loss=inner_loss,
-        )
+        check_positive(inner_lr=inner_lr)
+        super().__init__(backbone(network, head=""), inner_steps, test_inner_steps, loss=loss, inner_loss=inner_loss)
+        self.ways = None
         self.moving += _LAYER
         self.inner_lr, self.first_order = inner_lr, first_order
         self.exact_gradient = not first_order
-
-    @property
-    def ways(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Any number."""
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> None:

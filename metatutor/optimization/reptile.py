@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.checks import check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, flatten_tasks, unflatten_tasks
 from metatutor.learner import Loss
-from metatutor.optimization.base import AdaptingLearner, check_loss, check_rate
+from metatutor.optimization.base import AdaptingLearner, check_loss
 
 _BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from dividing by zero
 
@@ -39,9 +40,8 @@ class Reptile(AdaptingLearner):
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); None: `inner_steps`.
         shots_per_step: support images of each class in a mini-batch of training; None: the whole support set.
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same.
-        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
+        loss: of outputs and labels (see `AdaptingLearner`).
 
     Raises:
         ValueError: if an episode has other ways than the network has outputs.
@@ -72,12 +72,8 @@ class Reptile(AdaptingLearner):
         fixed_head: bool = False,
         loss: Loss | None = None,
     ) -> None:
-        check_rate(inner_lr)
-        if shots_per_step is not None and shots_per_step < 1:
-            raise ValueError(f"shots_per_step must be positive, got {shots_per_step}")
-        super().__init__(
-            network, inner_steps=inner_steps, test_inner_steps=test_inner_steps, fixed_head=fixed_head, loss=loss
-        )
+        check_positive(inner_lr=inner_lr, shots_per_step=shots_per_step)
+        super().__init__(network, inner_steps, test_inner_steps, fixed_head, loss)
         check_loss(self)
         self.inner_lr, self.shots_per_step = inner_lr, shots_per_step
         flat = torch.cat([p.detach().flatten() for p in self.network.parameters()])
@@ -109,18 +105,13 @@ class Reptile(AdaptingLearner):
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of Adam without momentum on the next mini-batch; the state is its mean squared gradient."""
-        before, filled = state or self._initial_state(parameters)
+        before, filled = state or (self._of_tasks_before(), self.filled)  # where the tasks before left Adam
         _, gradients = self.support_gradients(parameters, self._mini_batch(episode, step))
         squares = {n: _BETA * before[n] + (1 - _BETA) * g**2 for n, g in gradients.items()}
         filled = _BETA * filled + (1 - _BETA)  # the same mean of ones: what Adam divides by, as it began at zero
         scales = {n: (s / filled).sqrt() + _EPSILON for n, s in squares.items()}
         moved = {n: p - self.inner_lr * gradients[n] / scales[n] for n, p in parameters.items()}
         return moved, (squares, filled)
-
-    def _initial_state(self, parameters: Parameters) -> tuple[Parameters, Tensor]:
-        """Where the tasks before left Adam."""
-        squares = self._of_tasks_before()
-        return {n: squares[n].expand_as(p) for n, p in parameters.items()}, self.filled
 
     def _of_tasks_before(self) -> Parameters:
         """The mean squared gradients that the tasks before left, `[1, ...]` by name, frozen parameters included."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.checks import check_positive
 from metatutor.embedding import EmbeddingLearner, Logits
 from metatutor.episodes import Episode
 from metatutor.learner import Loss
@@ -50,9 +51,7 @@ class R2D2(EmbeddingLearner):
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
-        for name, value in (("penalty", penalty), ("scale", scale)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        check_positive(penalty=penalty, scale=scale)
         self.log_penalty = nn.Parameter(torch.tensor(float(penalty)).log())
         self.log_scale = nn.Parameter(torch.tensor(float(scale)).log())
         self.shift = nn.Parameter(torch.zeros(()))
