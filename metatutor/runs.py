@@ -124,6 +124,12 @@ def published() -> list[dict[str, Any]]:
     return json.loads((results_folder() / "published.json").read_text(encoding="utf-8"))
 
 
+def study(name: str) -> list[dict[str, Any]]:
+    """The rows that a script of `studies/` recorded; none if it was not run."""
+    path = results_folder() / "studies" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def published_streams() -> list[dict[str, Any]]:
     """The papers' accuracies by instance, counted from 1: method, n_way, instance, accuracy, source and protocol."""
     return json.loads((results_folder() / "published_streams.json").read_text(encoding="utf-8"))

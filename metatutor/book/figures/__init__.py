@@ -4,6 +4,7 @@ Each function returns a figure that a notebook shows by naming it, as crisp SVG,
 size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
 """
 
+from metatutor.book.figures.compare import cost, places
 from metatutor.book.figures.concepts import families
 from metatutor.book.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
 from metatutor.book.figures.filling import filling_memory
@@ -30,6 +31,7 @@ __all__ = [
     "certainty",
     "characters",
     "confusions",
+    "cost",
     "embedding",
     "families",
     "fast_weights",
@@ -43,6 +45,7 @@ __all__ = [
     "matrices",
     "memory_steps",
     "movable_plane",
+    "places",
     "plane",
     "slopes",
     "stepper",

@@ -29,7 +29,7 @@ Row = Mapping[str, float]
 
 @styled
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], ...]],
     *,
     x: str,
     y: str,
@@ -40,7 +40,7 @@ def lines(
     """Curves over one another, told apart by colour, dash and marker.
 
     Args:
-        series: name to horizontal and vertical values.
+        series: name to horizontal and vertical values and, if wanted, half the widths of their intervals.
         x, y: what the axes show, with the unit.
         log_x: whether the horizontal axis is logarithmic.
         percent: whether the vertical values, fractions, are written as percentages.
@@ -48,8 +48,8 @@ def lines(
     """
     figure = picture(3.2)
     axes = figure.subplots()
-    for (name, (xs, ys)), colour, dash, marker in zip(series.items(), COLOURS, DASHES, MARKERS, strict=False):
-        axes.plot(xs, ys, dash, color=colour, marker=marker, label=name)
+    for (name, (xs, ys, *halves)), colour, dash, marker in zip(series.items(), COLOURS, DASHES, MARKERS, strict=False):
+        axes.errorbar(xs, ys, *halves, fmt=marker + dash, color=colour, capsize=3 * len(halves), label=name)
     draw_levels(axes, levels)
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
     if percent:

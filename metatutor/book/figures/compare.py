@@ -1,0 +1,71 @@
+"""Many methods at once: errors against cost, and places of many tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jaxtyping import Float
+from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from torch import Tensor
+
+from metatutor.book.figures.style import COLOURS, GREY, MARKERS, Picture, picture, styled
+
+Point = tuple[float, float, float]  # cost, error and half the width of its interval
+
+
+@styled
+def cost(families: Mapping[str, Mapping[str, Point]], *, x: str, y: str = "wrong answers") -> Picture:
+    """Errors against a cost, both on logarithmic axes: the lower left corner is where one wants to be.
+
+    The names stand in a column at the right, from the worst to the best, each with a line to its point.
+
+    Args:
+        families: family, told by colour and marker, to method to cost, error (0–1) and half the width of its interval.
+        x, y: what the axes show, with the unit.
+    """
+    n_methods = sum(map(len, families.values()))
+    figure = picture(max(3.2, 0.19 * n_methods + 1.2))
+    axes = figure.subplots()
+    places: list[tuple[float, float, str, str]] = []
+    for (family, methods), colour, marker in zip(families.items(), COLOURS, MARKERS, strict=False):
+        for name, (at, error, half) in methods.items():
+            low = min(half, 0.9 * error)  # a logarithmic axis has no zero
+            axes.errorbar(at, error, [[low], [half]], fmt=marker, color=colour, capsize=2, elinewidth=1)
+            places.append((error, at, name, colour))
+        axes.plot([], [], marker, color=colour, label=family)
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    for axis, formatter in ((axes.xaxis, "{x:g}"), (axes.yaxis, PercentFormatter(1, symbol="%"))):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(formatter)
+        axis.set_minor_locator(NullLocator())
+    for i, (error, at, name, colour) in enumerate(sorted(places, reverse=True)):
+        height = 1 - (i + 0.5) / len(places)
+        line = {"arrowstyle": "-", "color": GREY, "lw": 0.4, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
+        axes.annotate(
+            name, (at, error), (1.06, height), "data", "axes fraction", line, color=colour, size=8, va="center"
+        )
+    figure.legend(loc="outside upper left", ncols=2, alignment="left")
+    return figure
+
+
+@styled
+def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Picture:
+    """Points in a plane, told apart by group.
+
+    Args:
+        groups: name to points.
+        x, y: what the axes show.
+    """
+    figure = picture(3.9)
+    axes = figure.subplots()
+    for (name, points), colour, marker in zip(
+        groups.items(), _cycled(COLOURS, groups), _cycled(MARKERS, groups), strict=True
+    ):
+        axes.plot(*points.numpy().T, marker, color=colour, label=name, ms=4, alpha=0.8, mew=0)
+    axes.set(xlabel=x, ylabel=y)
+    figure.legend(loc="outside lower left", ncols=2, alignment="left")
+    return figure
+
+
+def _cycled(values: Sequence[str], groups: Mapping[str, object]) -> list[str]:
+    return [values[i % len(values)] for i in range(len(groups))]

@@ -1,0 +1,104 @@
+"""Every method beside every other, and beside its paper: what `metatutor results` prints and chapter 10 draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metatutor.evaluation import Evaluation
+from metatutor.runs import published, read_evaluations, run_folders, study
+
+SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
+
+# The name that a recorded evaluation begins and ends with, to the method's, and to that of the published numbers.
+METHODS: dict[tuple[str, str], tuple[str, str | None]] = {
+    ("nearest-pixels", ""): ("Nearest pixels", None),
+    ("scratch", ""): ("CNN from scratch", None),
+    ("pretrained-cosine", ""): ("Pretrained CNN, cosine", "baseline CNN, cosine"),
+    ("pretrained-finetuned", ""): ("Pretrained CNN, fine-tuned", "baseline CNN, softmax + fine-tuning"),
+    ("siamese", ""): ("Siamese Network", "Siamese, fine-tuned"),
+    ("matching", ""): ("Matching Networks", "Matching Networks"),
+    ("prototypical", ""): ("Prototypical Networks", "Prototypical Networks"),
+    ("relation", ""): ("Relation Network", "Relation Network"),
+    ("r2d2", ""): ("R2-D2 (ridge head)", None),
+    ("protomaml", ""): ("ProtoMAML", None),
+    ("maml", ""): ("MAML", "MAML"),
+    ("fomaml", ""): ("First-order MAML", "first-order MAML"),
+    ("anil", ""): ("ANIL (head only)", "ANIL"),
+    ("boil", ""): ("BOIL (body only)", None),
+    ("metasgd", ""): ("Meta-SGD", "Meta-SGD"),
+    ("maml", "-plusplus"): ("MAML++", "MAML++"),
+    ("imaml", ""): ("Implicit MAML", "iMAML, Hessian-free"),
+    ("reptile", ""): ("Reptile", "Reptile"),
+    ("reptile", "-transductive"): ("Reptile, transductive", "Reptile, transductive"),
+    ("metalstm", ""): ("LSTM optimizer", None),
+    ("mann", ""): ("MANN", None),
+    ("metanet", ""): ("Meta Networks", "Meta Networks, standard split"),
+    ("snail", ""): ("SNAIL", "SNAIL"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one kind of tasks of Omniglot.
+
+    Attributes:
+        method: as the book calls it.
+        name: of the recorded evaluation.
+        ours: what it came to.
+        paper: the published number with its source and protocol; None if there is none.
+        train_seconds, parameters, peak_memory_mib: of the training whose weights were evaluated.
+        ms_a_task: milliseconds to adapt to one task and answer it, by itself, on one thread; None: not measured.
+        tasks_a_second: where 32 are answered side by side; None: not measured.
+    """
+
+    method: str
+    name: str
+    ours: Evaluation
+    paper: dict[str, Any] | None
+    train_seconds: float
+    parameters: int
+    peak_memory_mib: int
+    ms_a_task: float | None
+    tasks_a_second: float | None
+
+    @property
+    def papers_cell(self) -> str:
+        """The published accuracy as a table has it, such as `98.7 ± 0.4%`."""
+        if self.paper is None:
+            return "–"
+        interval = "" if self.paper["ci95"] is None else f" ± {100 * self.paper['ci95']:.1f}"
+        return f"{100 * self.paper['accuracy']:.1f}{interval}%"
+
+
+def compared(results: Path | None = None) -> list[Row]:
+    """One row a method and setting that was recorded, in the order of the book."""
+    records = {
+        record["name"]: (about, record)
+        for about in map(read_evaluations, run_folders(results))
+        for record in about["evaluations"]
+    }
+    papers = {(row["method"], row["n_way"], row["k_shot"]): row for row in published()}
+    times = {row["name"]: row for row in study("comparison")}
+    rows = []
+    for (start, end), (method, of_paper) in METHODS.items():
+        for n_way, k_shot in SETTINGS:
+            name = f"omniglot-{start}-{n_way}w{k_shot}s{end}"
+            if name in records:
+                about, record = records[name]
+                paper = papers.get((of_paper, n_way, k_shot)) if of_paper else None
+                size = (about["train_seconds"], about["parameters"], about["peak_memory_mib"])
+                time = times.get(name)
+                speed = (time["ms_alone"], 1000 / time["ms_of_32"]) if time else (None, None)
+                rows.append(Row(method, name, Evaluation.from_record(record), paper, *size, *speed))
+    return rows
+
+
+def summary(results: Path | None = None) -> list[tuple[str, ...]]:
+    """One row a method: its accuracy in each of `SETTINGS`, the paper's in brackets; – where there is none."""
+    by_method: dict[str, dict[tuple[int, int], str]] = {}
+    for row in compared(results):
+        of_paper = f" ({100 * row.paper['accuracy']:.1f})" if row.paper else ""
+        by_method.setdefault(row.method, {})[row.ours.n_way, row.ours.k_shot] = f"{str(row.ours)[:-1]}{of_paper}"
+    return [(method, *(cells.get(setting, "–") for setting in SETTINGS)) for method, cells in by_method.items()]
