@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.backbones import Described, Network, backbone
 from metatutor.data.images import task_of
 from metatutor.episodes import Episode
@@ -114,7 +116,7 @@ class Learner(Described, nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def predict(
         self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
@@ -138,13 +140,8 @@ class Learner(Described, nn.Module, ABC):
         """
         episode, names = task_of(support_images, support_labels, query_images)
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                answers = self(episode.to(self.device, dtype))[0].argmax(-1)
-        finally:
-            self.train(was_training)
+        with evaluating(self):
+            answers = self(episode.to(self.device, dtype))[0].argmax(-1)
         return [names[i] for i in answers.tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
@@ -160,14 +157,33 @@ class Learner(Described, nn.Module, ABC):
 
     def save(self, path: Path | str) -> None:
         """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle, and no loss."""
-        network = getattr(self, "network", None)
         about = {"learner": [type(self).__name__, self.arguments]}
-        if isinstance(network, Network):
+        if isinstance(network := getattr(self, "network", None), Network):
             about["network"] = [type(network).__name__, network.arguments]
         learned = {n: t for n, t in self.state_dict().items() if not n.startswith(("loss.", "inner_loss."))}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learned.items()}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(tensors, {"metatutor": json.dumps(about)}))
+
+
+@contextmanager
+def evaluating(learner: Learner) -> Iterator[None]:
+    """Within the block a learner is in evaluation mode, and no gradients are recorded; its mode is put back."""
+    was_training = learner.training
+    learner.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        learner.train(was_training)
+
+
+@contextmanager
+def computing(learner: Learner) -> Iterator[None]:
+    """Within the block torch takes no more threads than pay for a learner; freed memory stays at hand from then on."""
+    keep_freed_memory_once()
+    with limited_threads(threads_for(sum(p.numel() for p in learner.parameters()))):
+        yield
 
 
 def load(path: Path | str, network: nn.Module | None = None) -> Learner:
