@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -68,21 +69,17 @@ class Evaluation:
     def __str__(self) -> str:
         if self.metric == "accuracy":
             return self.cell()
-        n = len(self._lists()[0])
+        n = np.size(self.mean)
         if self.metric == "mse_by_step":
             return f"MSE {self.cell(n - 1)} after {n - 1} step{'s' * (n != 2)}"
         return ", ".join(f"{ordinal(i)} {self.cell(i)}" for i in sorted({1, 2, 5, n} & set(range(1, n + 1))))
 
     def cell(self, at: int = 1) -> str:
         """A mean with its interval: that of an instance, counted from 1, or of a step, counted from 0."""
-        means, widths = self._lists()
+        means, widths = np.atleast_1d(self.mean, self.ci95)
         if self.metric == "mse_by_step":
             return f"{means[at]:.2f} ± {widths[at]:.2f}"
         return f"{100 * means[at - 1]:.1f} ± {100 * widths[at - 1]:.1f}%"
-
-    def _lists(self) -> tuple[list[float], list[float]]:
-        single = not isinstance(self.mean, list)
-        return ([self.mean], [self.ci95]) if single else (self.mean, self.ci95)
 
     def record(self) -> dict[str, Any]:
         """What is written to `evaluations.json`: the means under the name of the metric."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -21,7 +21,7 @@ from metatutor.allocator import keep_freed_memory_once, limited_threads, threads
 from metatutor.backbones import Described, Network, backbone
 from metatutor.data.images import task_of
 from metatutor.episodes import Episode
-from metatutor.files import replacing
+from metatutor.files import decoding, replacing
 from metatutor.functional import Parameters, TaskMap
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, way] and labels [n], or of outputs and targets [n, output]
@@ -147,8 +147,7 @@ class Learner(Described, nn.Module, ABC):
     def with_arguments(self, **changes: Any) -> Any:
         """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
 
-        Raises:
-            ValueError: if what was learned does not fit the other arguments.
+        A ValueError tells if what was learned does not fit the other arguments.
         """
         network = {"network": self.network} if hasattr(self, "network") else {}
         made = type(self)(**network, **(self.arguments | changes))
@@ -204,12 +203,9 @@ def load(path: Path | str, network: nn.Module | None = None) -> Learner:
         >>> load(path).distance
         'cosine'
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["metatutor"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file that learner.save wrote ({error})") from None
+    with decoding(f"{path} is not a file that learner.save wrote"), safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["metatutor"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if network is None and "network" in about:
         network = _exported(path, *about["network"])
     learner = _exported(path, *about["learner"], **({} if network is None else {"network": network}))
@@ -232,8 +228,7 @@ def _exported(path: Path | str, name: str, arguments: dict[str, Any], **more: An
 
 def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Path | str) -> None:
     """Put recorded parameters into a learner; a ValueError, and nothing is changed, if they do not fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    expected, found = ({n: tuple(t.shape) for n, t in named.items()} for named in (learner.state_dict(), parameters))
     if expected != found:
         name = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
         raise ValueError(

@@ -294,7 +294,6 @@ def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data:
     splits = config.data.load(data)
     for split, spec in asked:
         getattr(splits, split).sampler(spec)
-    folder.mkdir(parents=True, exist_ok=True)
     _write(path, text)
     return splits
 

@@ -28,7 +28,8 @@ HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_a
 CHECKPOINT = "checkpoint.pt"
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _SHOWN = "loss={meta_loss:.3f}, accuracy={train_accuracy:.1%}, validation={validation_accuracy:.1%}"
-_PARTS = ("learner", "optimizer", "scheduler", "sampler")  # of a checkpoint, what has a `state_dict`
+_PARTS = ("learner", "optimizer", "scheduler", "sampler")  # of a run, what has a `state_dict`
+_PROGRESS = ("iteration", "seconds", "loss_sum", "history", "best")  # and what else it must remember
 MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
@@ -85,10 +86,10 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        required = ("iterations", "tasks_per_step", "outer_lr", "log_every", "checkpoint_every")
-        for name in (*required, "clip_norm", "tasks_at_once", "patience"):
+        optional = ("clip_norm", "tasks_at_once", "patience")
+        for name in ("iterations", "tasks_per_step", "outer_lr", "log_every", "checkpoint_every", *optional):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if not (name in optional if value is None else 0 < value < math.inf):
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.outer_lr > 1e6 or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"outer_lr = {self.outer_lr} or weight_decay = {self.weight_decay} is out of range")
@@ -178,10 +179,9 @@ def train(
         from accelerate.utils import broadcast
 
         broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
-        progress, main = state.progress, accelerator.is_main_process
-        begun = time.perf_counter() - progress.seconds
+        main, begun = accelerator.is_main_process, time.perf_counter() - state.seconds
         hidden = not (progress_bar and main)
-        with tqdm(total=config.iterations, initial=progress.iteration, disable=hidden, unit="step") as bar:
+        with tqdm(total=config.iterations, initial=state.iteration, disable=hidden, unit="step") as bar:
             while not state.finished():
                 learner.train()
                 episode = sampler.sample(config.tasks_per_step).tasks(share).to(place)
@@ -190,30 +190,30 @@ def train(
                 if not math.isfinite(loss):
                     kept = checkpoint and checkpoint.exists()
                     where = f"; the last good checkpoint is {checkpoint}" if kept else ""
-                    message = f"the loss of iteration {progress.iteration + 1} is {loss}: lower outer_lr or inner_lr"
+                    message = f"the loss of iteration {state.iteration + 1} is {loss}: lower outer_lr or inner_lr"
                     raise TrainingDivergedError(f"{message}, or clip_norm{where}")
                 bar.update()
-                progress.seconds = time.perf_counter() - begun
-                if progress.iteration == config.iterations or progress.iteration % config.log_every == 0:
+                state.seconds = time.perf_counter() - begun
+                if state.iteration == config.iterations or state.iteration % config.log_every == 0:
                     row = state.log(episode, validate)
                     bar.set_postfix_str(_SHOWN.format(**row))
-                    accelerator.log(row, step=progress.iteration)
+                    accelerator.log(row, step=state.iteration)
                     for callback in callbacks:
                         callback(learner, row)
-                    progress.seconds = time.perf_counter() - begun
-                due = state.finished() or stop.is_set() or progress.iteration % config.checkpoint_every == 0
+                    state.seconds = time.perf_counter() - begun
+                due = state.finished() or stop.is_set() or state.iteration % config.checkpoint_every == 0
                 if checkpoint and main and due:
-                    write_history(progress.history, checkpoint.with_name("history.csv"))
+                    write_history(state.history, checkpoint.with_name("history.csv"))
                     state.save(checkpoint)
                 if stop.is_set() and not state.finished():
                     where = f"; run the same command again to go on from {checkpoint}" if checkpoint else ""
-                    raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
-    if progress.best is not None:
-        learner.load_state_dict(progress.best)
+                    raise KeyboardInterrupt(f"stopped after iteration {state.iteration}{where}")
+    if state.best is not None:
+        learner.load_state_dict(state.best)
     for tracker in accelerator.trackers:
         tracker.finish()
     learner.eval()
-    return progress.history
+    return state.history
 
 
 def accumulate(
@@ -256,9 +256,14 @@ def read_history(path: Path) -> list[Row]:
 
 
 @dataclass
-class _Progress:
-    """What the loop remembers besides what has a `state_dict`."""
+class _State:
+    """Everything that a resumed run must find again, and how it changes."""
 
+    learner: Learner
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    sampler: Any
+    config: TrainConfig
     iteration: int = 0
     seconds: float = 0.0
     loss_sum: float = 0.0  # since the last row of history
@@ -270,23 +275,11 @@ class _Progress:
         accuracies = [row["validation_accuracy"] for row in self.history]
         return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
-
-@dataclass
-class _State:
-    """Everything that a resumed run must find again, and how it changes."""
-
-    learner: Learner
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    sampler: Any
-    config: TrainConfig
-    progress: _Progress = field(default_factory=_Progress)
-
     def finished(self) -> bool:
         """Whether all iterations are done, or patience is at its end."""
-        patience, done = self.config.patience, self.progress.iteration
-        waited = patience is not None and self.progress.rows_since_best() >= patience
-        return done >= self.config.iterations or waited
+        patience = self.config.patience
+        waited = patience is not None and self.rows_since_best() >= patience
+        return self.iteration >= self.config.iterations or waited
 
     def step(self, episode: Episode, accelerator: Any) -> float:
         """Take a step of the outer optimizer, but none if the loss, which is returned, is not finite."""
@@ -307,13 +300,13 @@ class _State:
             self.learner.after_step()
             for buffer in filter(torch.is_floating_point, self.learner.buffers() if together else ()):
                 buffer.copy_(mean(buffer))
-            self.progress.iteration += 1
-            self.progress.loss_sum += value
+            self.iteration += 1
+            self.loss_sum += value
         return value
 
     def log(self, episode: Episode, validate: Callable[[Learner], float] | None) -> Row:
         """Add a row of history, and remember the parameters if they are to be kept; it ends in evaluation mode."""
-        learner, progress, accuracy = self.learner, self.progress, math.nan
+        learner, accuracy = self.learner, math.nan
         if not episode.query_labels.is_floating_point():
             buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]
             with torch.no_grad():
@@ -321,26 +314,27 @@ class _State:
                 for buffer, kept in buffers:  # running statistics are no business of a log
                     buffer.copy_(kept)
         learner.eval()
-        before = progress.history[-1]["iteration"] if progress.history else 0
+        before = self.history[-1]["iteration"] if self.history else 0
         row = {
-            "iteration": progress.iteration,
-            "seconds": round(progress.seconds, 2),
-            "meta_loss": progress.loss_sum / (progress.iteration - before),
+            "iteration": self.iteration,
+            "seconds": round(self.seconds, 2),
+            "meta_loss": self.loss_sum / (self.iteration - before),
             "train_accuracy": accuracy,
             "validation_accuracy": math.nan if validate is None else validate(learner),
         }
-        progress.history.append(row)
-        progress.loss_sum = 0.0
-        if self.config.keep == "best" and progress.rows_since_best() == 0:
-            progress.best = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+        self.history.append(row)
+        self.loss_sum = 0.0
+        if self.config.keep == "best" and self.rows_since_best() == 0:
+            self.best = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
         return row
 
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
-        parts = {name: getattr(self, name).state_dict() for name in _PARTS}
-        state = {"config": asdict(self.config), "progress": vars(self.progress), "torch": torch.get_rng_state()}
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        state |= {"config": asdict(self.config), "torch": torch.get_rng_state()}
+        state["progress"] = {name: getattr(self, name) for name in _PROGRESS}
         with replacing(path) as temporary:
-            torch.save(parts | state, temporary)
+            torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint, if there is one."""
@@ -349,8 +343,8 @@ class _State:
         unreadable = f"{path} is not a readable checkpoint; delete it to start anew"
         with decoding(unreadable):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            config, weights, progress = dict(state["config"]), dict(state["learner"]), _Progress(**state["progress"])
-            parts, random = [state[name] for name in _PARTS[1:]], state["torch"]
+            config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
+            random, parts = state["torch"], {name: state[name] for name in _PARTS[1:]}
         changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
@@ -358,10 +352,10 @@ class _State:
             )
         load_parameters(self.learner, weights, path)
         with decoding(unreadable):
-            for name, part in zip(_PARTS[1:], parts, strict=True):
+            for name, part in parts.items():
                 getattr(self, name).load_state_dict(part)
             torch.set_rng_state(random)
-        self.progress = progress
+            vars(self).update({name: progress[name] for name in _PROGRESS})
 
 
 @contextmanager
