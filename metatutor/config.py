@@ -71,8 +71,7 @@ def config_of(cls: type[nn.Module]) -> Any:
             default = tuple(parameter.default) if get_origin(kept) is tuple else parameter.default
             made.append((name, kept, field(default=default)))
     about = {"of": cls, "tag": tag, "__doc__": cls.__doc__, "__pydantic_config__": _STRICT}
-    name = f"{cls.__name__}Config"
-    return make_dataclass(name, made, bases=(Arguments,), frozen=True, kw_only=True, namespace=about)
+    return make_dataclass(f"{cls.__name__}Config", made, bases=(Arguments,), frozen=True, kw_only=True, namespace=about)
 
 
 def _data_type(hint: Any) -> Any:
@@ -258,8 +257,7 @@ class RunConfig:
             object.__setattr__(self, "network", None)
         if not method.learns and self.train == TrainConfig():
             object.__setattr__(self, "train", None)
-        specs = self.train_spec, self.validation_spec
-        learner = self._outline()
+        specs, learner = (self.train_spec, self.validation_spec), self._outline()
         for spec in specs:
             self._check(learner, spec, self.validation.stream)
         if self.train is not None and not method.learns:
