@@ -69,7 +69,7 @@ notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show 
 
 $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED) && cp $(NOTEBOOKS) $(EXECUTED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
 	@touch $@
 
 book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors
