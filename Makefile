@@ -92,7 +92,7 @@ benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
-tables: ## fill the tables of README.md from results/
+tables: ## fill the tables of README.md and the book from results/ and the code
 	@$(NEEDS_PYTHON)
 	@"$(PYTHON)" book/_ext/readme_tables.py
 
