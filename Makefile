@@ -69,7 +69,7 @@ notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show 
 
 $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED) && cp $(NOTEBOOKS) $(EXECUTED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
 	@touch $@
 
 book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors
@@ -92,9 +92,8 @@ benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
-tables: ## fill the tables of README.md from results/
-	@$(NEEDS_PYTHON)
-	@"$(PYTHON)" book/_ext/readme_tables.py
+tables: $(INSTALLED) ## fill the tables of README.md and the book from results/ and the code
+	@$(BIN)/python book/_ext/readme_tables.py
 
 stamp: ## write version and address everywhere: make stamp, or make stamp URL=https://github.com/you/fork
 	@$(NEEDS_PYTHON)

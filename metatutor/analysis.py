@@ -54,7 +54,8 @@ def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = No
         similarity: dict[str, list[Tensor]] = {name: [] for name in layers(learner.network).values()}
         for i in range(len(episode)):
             task = episode.task(i)
-            outputs = [query_outputs(learner.network, _of_task(p, i), task) for p in (before, after)]
+            of_task = ({name: p[i] for name, p in parameters.items()} for parameters in (before, after))
+            outputs = [query_outputs(learner.network, parameters, task) for parameters in of_task]
             for name, values in similarity.items():
                 values.append(linear_cka(outputs[0][name], outputs[1][name]))
         change = {name: relative_change(before, after, prefix) for prefix, name in layers(learner.network).items()}
@@ -63,20 +64,15 @@ def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = No
 
 def layers(network: Network) -> dict[str, str]:
     """The layers of a network: the prefix of their parameters' names to a name for readers, such as `conv 2`."""
-    prefixes = dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters())
     counts: Counter[str] = Counter()
-    names = {}
-    for prefix in prefixes:
-        kind = _kind(network.get_submodule(prefix))
+    names: dict[str, str] = {}
+    for prefix in dict.fromkeys(name.rpartition(".")[0] for name, _ in network.named_parameters()):
+        layer = network.get_submodule(prefix)
+        kind = "linear" if isinstance(layer, nn.Linear) else type(layer).__name__
+        kind = "conv" if isinstance(layer, ConvBlock | nn.modules.conv._ConvNd) else kind
         counts[kind] += 1
         names[prefix] = f"{kind} {counts[kind]}"
     return names
-
-
-def _kind(layer: nn.Module) -> str:
-    if isinstance(layer, ConvBlock | nn.modules.conv._ConvNd):
-        return "conv"
-    return "linear" if isinstance(layer, nn.Linear) else type(layer).__name__
 
 
 def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:
@@ -90,8 +86,7 @@ def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float
     names = [name for name in before if name.startswith(f"{prefix}.")]
     if not names:
         raise ValueError(f"no parameter of '{prefix}' among {', '.join(before)}")
-    initial = torch.cat([before[name].flatten(1) for name in names], dim=1)
-    adapted = torch.cat([after[name].flatten(1) for name in names], dim=1)
+    initial, adapted = (torch.cat([of[name].flatten(1) for name in names], dim=1) for of in (before, after))
     return (adapted - initial).norm(dim=1) / initial.norm(dim=1)
 
 
@@ -107,14 +102,12 @@ def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Flo
         >>> linear_cka(features, -2 * features).item()
         1.0
     """
-    grams = []
-    for features in (first, second):
-        centred = (features - features.mean(0)).double()
-        grams.append(centred @ centred.T)
-    lengths = grams[0].norm() * grams[1].norm()
+    x, y = ((features - features.mean(0)).double() for features in (first, second))
+    xx, yy = x @ x.T, y @ y.T
+    lengths = xx.norm() * yy.norm()
     if lengths == 0:
         raise ValueError("the features do not differ between images, so there is nothing to compare")
-    return ((grams[0] * grams[1]).sum() / lengths).to(first.dtype)
+    return ((xx * yy).sum() / lengths).to(first.dtype)
 
 
 def query_outputs(
@@ -139,7 +132,3 @@ def query_outputs(
         for hook in hooks:
             hook.remove()
     return kept
-
-
-def _of_task(parameters: Parameters, index: int) -> Parameters:
-    return {name: parameter[index] for name, parameter in parameters.items()}

@@ -8,8 +8,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, suppress
+from collections.abc import Sequence
+from contextlib import redirect_stderr, suppress
 from typing import Any
 
 from metatutor.allocator import let_threads_sleep
@@ -47,24 +47,18 @@ def _run(arguments: list[str]) -> None:
     if longest > LONGEST:
         raise ValueError(f"an argument has {longest:,} characters; none that makes sense has more than {LONGEST:,}")
     let_threads_sleep()
-    with _leaving_at_once():
-        from metatutor import commands
-    _parsed(commands, arguments)()
-
-
-def _parsed(commands: Any, arguments: list[str]) -> Callable[[], None]:
-    """What the arguments ask for, not yet done; tyro's box around an error becomes a line."""
+    commands, box = _commands(), io.StringIO()
     import tyro
 
-    box = io.StringIO()
     try:
         with redirect_stderr(box):
             config = (tyro.conf.CascadeSubcommandArgs,)
-            return commands.app.cli(prog="metatutor", description=commands.__doc__, config=config, args=arguments)
+            asked = commands.app.cli(prog="metatutor", description=commands.__doc__, config=config, args=arguments)
     except SystemExit as end:
         if not end.code:
             raise
         raise ValueError(_line(box.getvalue())) from None
+    asked()
 
 
 def _line(box: str) -> str:
@@ -78,22 +72,21 @@ def _line(box: str) -> str:
     return message + hint
 
 
-@contextmanager
-def _leaving_at_once() -> Iterator[None]:
-    """Ctrl-C while PyTorch is being imported, which takes seconds, ends the process: half a module helps nobody."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def _commands() -> Any:
+    """The module of commands; Ctrl-C during the seconds that importing PyTorch takes ends the process at once."""
 
     def leave(*_: Any) -> None:
         os.write(2, b"metatutor: interrupted\n")
-        os._exit(INTERRUPTED)
+        os._exit(INTERRUPTED)  # half a module helps nobody
 
-    before = signal.signal(signal.SIGINT, leave)
+    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    before = signal.signal(signal.SIGINT, leave) if in_main else None
     try:
-        yield
+        from metatutor import commands
     finally:
-        signal.signal(signal.SIGINT, before)
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+    return commands
 
 
 def _end(status: int, message: str = "") -> None:

@@ -11,34 +11,41 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from tabulate import tabulate
+from tyro.conf import arg
 
 from metatutor import runs as recorded
 from metatutor.config import RunConfig, TestConfig, load_config, parse_test
 from metatutor.data import omniglot
 from metatutor.evaluation import Evaluation
 
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
-RunName = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+Data = Annotated[Path | None, arg(metavar="DIR", help="of Omniglot; default: METATUTOR_DATA, else your cache folder")]
+Device = Annotated[str | None, arg(help="such as cpu or cuda:1; default: a GPU if there is one, but cpu to evaluate")]
+Runs = Annotated[Path, arg(help="the folder of your runs; this one's files go to a folder of its name there")]
+RunName = Annotated[str, tyro.conf.Positional, arg(metavar="RUN")]
 app = tyro.extras.SubcommandApp()
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Register a function as a command that parsing leaves to be done."""
-    app.command(name=function.__name__)(wraps(function)(partial(partial, function)))
+
+    @wraps(function)
+    def parsed(**arguments: Any) -> Callable[[], None]:
+        return partial(function, **arguments)
+
+    app.command(name=function.__name__)(parsed)
     return function
 
 
 @command
 def data(
     action: Annotated[Literal["download", "verify", "info"], tyro.conf.Positional],
-    data: Folder = None,
+    data: Data = None,
     runs: bool = False,
 ) -> None:
     """Omniglot: download it, compare every pixel of your copy with the published ones, or count what it holds.
 
     Args:
         action: what to do.
-        data: where it lies, or is to lie; default: METATUTOR_DATA, else your cache folder.
         runs: download Lake's 20 one-shot runs too.
     """
     if runs and action != "download":
@@ -49,11 +56,11 @@ def data(
 @command
 def train(
     name: RunName,
-    config: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig(),  # noqa: B008 - frozen
+    config: Annotated[RunConfig, arg(name="")] = RunConfig(),  # noqa: B008 - frozen
     test: TestConfig = TestConfig(),  # noqa: B008 - frozen
-    runs: Path = Path("runs"),
-    data: Folder = None,
-    device: str | None = None,
+    runs: Runs = Path("runs"),
+    data: Data = None,
+    device: Device = None,
 ) -> None:
     """Train and evaluate a learner; started again after a kill, it goes on where it was.
 
@@ -61,9 +68,6 @@ def train(
         name: of the run; its files go to the folder RUNS/NAME.
         config: what to train.
         test: how to evaluate it.
-        runs: the folder of your runs.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
     """
     recorded.check_name(name)
     test = replace(test, name=test.name or name)
@@ -77,8 +81,8 @@ def evaluate(
     split: Literal["test", "validation"] | None = None,
     n_episodes: int | None = None,
     test: TestConfig = TestConfig(),  # noqa: B008 - frozen
-    data: Folder = None,
-    device: str | None = None,
+    data: Data = None,
+    device: Device = None,
 ) -> None:
     """Evaluate the recorded weights of a run, as it was done before or, given `--test.name`, otherwise.
 
@@ -87,37 +91,31 @@ def evaluate(
         split: classes to draw the tasks from; default: as recorded.
         n_episodes: how many tasks; default: as recorded.
         test: another evaluation, which is recorded too, in the folder of the run.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: any that PyTorch knows, such as cpu or cuda:1; default: cpu.
     """
     folder, records = _evaluations(run)
     if test != TestConfig():
         if not test.name:
             raise ValueError("another evaluation needs a name: give --test.name too")
-        found = recorded.evaluate_run(folder, test, data=data, device=device, record=True)
-        print(f"{test.name}: {found}")
+        _tell(test.name, recorded.evaluate_run(folder, test, data=data, device=device, record=True))
         return
     if not records:
         raise ValueError(f"{run} was not evaluated yet; name an evaluation with --test.name")
-    changes: dict[str, Any] = {"split": split, "n_episodes": n_episodes}
+    asked = {"split": split, "n_episodes": n_episodes}
+    changes: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
     for record in records:
-        again = replace(parse_test(record), **{key: value for key, value in changes.items() if value is not None})
-        _tell(
-            again.name, recorded.evaluate_run(folder, again, data=data, device=device), Evaluation.from_record(record)
-        )
+        again = replace(parse_test(record), **changes)
+        found = recorded.evaluate_run(folder, again, data=data, device=device)
+        _tell(again.name, found, Evaluation.from_record(record))
 
 
 @command
 def reproduce(
-    run: RunName, runs: Path = Path("runs"), data: Folder = None, device: str | None = None, record: bool = False
+    run: RunName, runs: Runs = Path("runs"), data: Data = None, device: Device = None, record: bool = False
 ) -> None:
     """Train a recorded run again from its config.json alone, evaluate it as it was, and compare.
 
     Args:
         run: a recorded evaluation, by its name; or the path of a run's folder, or of its config.json.
-        runs: the folder of your runs; this one's files go to a folder of its name there.
-        data: where Omniglot lies; default: METATUTOR_DATA, else your cache folder.
-        device: any that PyTorch knows, such as cpu or cuda:1; default: a GPU if there is one.
         record: copy the outcome to results/, in place of what is recorded there.
     """
     path = Path(run)
@@ -161,5 +159,5 @@ def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:
     return folder, recorded.read_evaluations(folder)["evaluations"]
 
 
-def _tell(name: str, found: Evaluation, before: Evaluation | None) -> None:
+def _tell(name: str, found: Evaluation, before: Evaluation | None = None) -> None:
     print(f"{name}: {found}" + (f" (recorded: {before})" if before else ""))

@@ -24,7 +24,7 @@ from torch import nn
 from metatutor.data import Omniglot, Sinusoids, Splits, Strokes
 from metatutor.episodes import EpisodeSpec
 from metatutor.learner import Learner
-from metatutor.training import TrainConfig
+from metatutor.training import TrainConfig, check_seed
 
 Key = Literal["method", "kind"]  # under which a learner, and a network, says its tag
 Value = bool | int | float | None | str
@@ -71,8 +71,7 @@ def config_of(cls: type[nn.Module]) -> Any:
             default = tuple(parameter.default) if get_origin(kept) is tuple else parameter.default
             made.append((name, kept, field(default=default)))
     about = {"of": cls, "tag": tag, "__doc__": cls.__doc__, "__pydantic_config__": _STRICT}
-    name = f"{cls.__name__}Config"
-    return make_dataclass(name, made, bases=(Arguments,), frozen=True, kw_only=True, namespace=about)
+    return make_dataclass(f"{cls.__name__}Config", made, bases=(Arguments,), frozen=True, kw_only=True, namespace=about)
 
 
 def _data_type(hint: Any) -> Any:
@@ -134,7 +133,7 @@ class DataConfig:
     shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
     def load(self, root: Path | str | None = None) -> Splits:
         """The three splits; `root` is where Omniglot lies (see `Omniglot.load`)."""
@@ -153,11 +152,6 @@ class SinusoidsConfig:
     def load(self, root: Path | str | None = None) -> Splits[Sinusoids]:
         """The waves of the paper."""
         return Splits(Sinusoids(), Sinusoids(), Sinusoids(), "sinusoids")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {shown(seed)}")
 
 
 @cache
@@ -179,6 +173,8 @@ class ValidationConfig:
         n_episodes: tasks.
         stream: whether every image of the support set is asked before its label is told.
     """
+
+    n_way: ClassVar[None] = None
 
     k_shot: int | None = None
     n_query: int = 15
@@ -219,7 +215,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         if self.n_episodes < 2:
             raise ValueError(f"n_episodes must be at least 2 for an interval, got {self.n_episodes}")
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 # --- the whole ---
@@ -256,12 +252,12 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        specs, method = (self.train_spec, self.validation_spec), self.learner.of
+        method = self.learner.of
         if "network" not in inspect.signature(method.__init__).parameters:
             object.__setattr__(self, "network", None)
         if not method.learns and self.train == TrainConfig():
             object.__setattr__(self, "train", None)
-        learner = self._outline()
+        specs, learner = (self.train_spec, self.validation_spec), self._outline()
         for spec in specs:
             self._check(learner, spec, self.validation.stream)
         if self.train is not None and not method.learns:
@@ -282,23 +278,20 @@ class RunConfig:
     @property
     def validation_spec(self) -> EpisodeSpec:
         """The shape of a validation task."""
-        shots = self.k_shot if self.validation.k_shot is None else self.validation.k_shot
-        return EpisodeSpec(self.n_way, shots, self.validation.n_query)
+        return self.test_spec(self.validation)
 
-    def test_spec(self, test: TestConfig) -> EpisodeSpec:
+    def test_spec(self, test: TestConfig | ValidationConfig) -> EpisodeSpec:
         """The shape of a test task."""
         n_way = self.n_way if test.n_way is None else test.n_way
         return EpisodeSpec(n_way, self.k_shot if test.k_shot is None else test.k_shot, test.n_query)
 
     def tested(self, test: TestConfig) -> RunConfig:
         """The configuration with the arguments that a test changes; a ValueError if the learner cannot be tested so."""
-        parts = {"learner": (self.learner, test.learner), "network": (self.network, test.network)}
-        read = {
-            name: _read(type(part), json.dumps(asdict(part) | changes), f"arguments of the {name}")
-            for name, (part, changes) in parts.items()
-            if part is not None and changes
-        }
-        config = replace(self, **read)
+        changed: dict[str, Any] = {}
+        for name, part, changes in (("learner", self.learner, test.learner), ("network", self.network, test.network)):
+            if part and changes:
+                changed[name] = _read(type(part), json.dumps(asdict(part) | changes), f"arguments of the {name}")
+        config = replace(self, **changed)
         self._check(config._outline(), self.test_spec(test), test.stream)
         return config
 
@@ -323,12 +316,11 @@ class RunConfig:
         except (RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{self.learner.tag} cannot be built with this network: {reason}") from None
-        numbers = sum(tensor.numel() for tensor in learner.state_dict().values())
-        if numbers > MOST_PARAMETERS:
-            raise ValueError(f"{numbers:,} parameters are more than the {MOST_PARAMETERS:,} that a run may have")
-        shape, network = self.data.shape, getattr(learner, "network", None)
-        numbers, taken = math.prod(shape), getattr(network, "image_shape", shape)
-        if taken != shape or getattr(self.network, "n_inputs", numbers) != numbers:
+        size, shape = sum(tensor.numel() for tensor in learner.state_dict().values()), self.data.shape
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"{size:,} parameters are more than the {MOST_PARAMETERS:,} that a run may have")
+        taken = getattr(getattr(learner, "network", None), "image_shape", shape)
+        if taken != shape or getattr(self.network, "n_inputs", math.prod(shape)) != math.prod(shape):
             raise ValueError(f"{self.data.source} are inputs of {shape}, which this network does not take")
         return learner
 
@@ -394,10 +386,12 @@ def _read(cls: Any, text: str, source: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    for i, (key, _) in enumerate(pairs):
-        if any(key == other for other, _ in pairs[:i]):
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
             raise ValueError(f"the key {shown(key)} is there twice")
-    return dict(pairs)
+        found[key] = value
+    return found
 
 
 @cache

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.episodes import Episode, EpisodeSpec
-from metatutor.learner import Learner
+from metatutor.learner import Learner, computing, evaluating
 
 Metric = Literal["accuracy", "accuracy_by_instance", "mse_by_step"]
 _NOT_RECORDED = ("metric", "mean", "ci95", "values")  # under these names
@@ -61,11 +61,7 @@ class Evaluation:
 
     @property
     def accuracy(self) -> float:
-        """The mean accuracy over all query images; a ValueError if something else was measured.
-
-        Raises:
-            ValueError: if something else was measured.
-        """
+        """The mean accuracy over all query images; a ValueError if something else was measured."""
         if self.metric != "accuracy" or not isinstance(self.mean, float):
             raise ValueError(f"this evaluation has the {self.metric}, see its mean")
         return self.mean
@@ -73,21 +69,17 @@ class Evaluation:
     def __str__(self) -> str:
         if self.metric == "accuracy":
             return self.cell()
-        n = len(self._lists()[0])
+        n = np.size(self.mean)
         if self.metric == "mse_by_step":
             return f"MSE {self.cell(n - 1)} after {n - 1} step{'s' * (n != 2)}"
         return ", ".join(f"{ordinal(i)} {self.cell(i)}" for i in sorted({1, 2, 5, n} & set(range(1, n + 1))))
 
     def cell(self, at: int = 1) -> str:
         """A mean with its interval: that of an instance, counted from 1, or of a step, counted from 0."""
-        means, widths = self._lists()
+        means, widths = np.atleast_1d(self.mean, self.ci95)
         if self.metric == "mse_by_step":
             return f"{means[at]:.2f} ± {widths[at]:.2f}"
         return f"{100 * means[at - 1]:.1f} ± {100 * widths[at - 1]:.1f}%"
-
-    def _lists(self) -> tuple[list[float], list[float]]:
-        single = not isinstance(self.mean, list)
-        return ([self.mean], [self.ci95]) if single else (self.mean, self.ci95)
 
     def record(self) -> dict[str, Any]:
         """What is written to `evaluations.json`: the means under the name of the metric."""
@@ -96,11 +88,7 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
-        """The evaluation that `record` wrote; other keys are passed over.
-
-        Raises:
-            ValueError: if a key is missing.
-        """
+        """The evaluation that `record` wrote; a ValueError if a key is missing, and others are passed over."""
         metric: Any = next((name for name in _INTERVAL if name in record), "accuracy")
         try:
             rest = {f.name: record[f.name] for f in fields(cls) if f.name not in _NOT_RECORDED}
@@ -119,19 +107,10 @@ def scores(
     """
     if stream and not learner.reads_streams:
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
-    device = next((p.device for p in learner.parameters()), None)
-    was_training = learner.training
-    learner.eval()
-    of_batches = []
-    try:
-        with torch.no_grad():
-            for start in range(0, n_episodes, tasks_per_batch):
-                episode = sampler.sample(min(tasks_per_batch, n_episodes - start))
-                episode = episode if device is None else episode.to(device)
-                of_batches.append(learner.measure(episode, stream=stream).cpu().double())
-    finally:
-        learner.train(was_training)
-    return torch.cat(of_batches)
+    sizes = [min(tasks_per_batch, n_episodes - start) for start in range(0, n_episodes, tasks_per_batch)]
+    with evaluating(learner):
+        episodes = (sampler.sample(size).to(learner.device) for size in sizes)
+        return torch.cat([learner.measure(episode, stream=stream).cpu().double() for episode in episodes])
 
 
 def evaluate(
@@ -169,9 +148,8 @@ def evaluate(
     """
     if n_episodes < 2:
         raise ValueError(f"n_episodes must be at least 2 for an interval, got {n_episodes}")
-    keep_freed_memory_once()
     sampler = classes.sampler(spec, seed=seed)
-    with limited_threads(threads_for(sum(p.numel() for p in learner.parameters()))):
+    with computing(learner):
         values = scores(learner, sampler, n_episodes, stream=stream, tasks_per_batch=tasks_per_batch)
         transductive = is_transductive(learner, classes.sampler(spec, seed=seed).sample(1))
     metric = "accuracy_by_instance" if stream else "mse_by_step" if values.dim() > 1 else "accuracy"
@@ -180,9 +158,7 @@ def evaluate(
         mean=values.mean(0).tolist(),
         ci95=confidence95(values),
         n_episodes=n_episodes,
-        n_way=spec.n_way,
-        k_shot=spec.k_shot,
-        n_query=spec.n_query,
+        **asdict(spec),
         split=split,
         seed=seed,
         normalization=learner.normalization,
@@ -191,19 +167,13 @@ def evaluate(
     )
 
 
-@torch.no_grad()
 def is_transductive(learner: Learner, episode: Episode) -> bool:
     """Whether a learner's answers for the first query image of an episode's first task change when the others do."""
-    task = episode.task(0)
-    task = task.to(next((p.device for p in learner.parameters()), task.query_images.device))
+    task = episode.task(0).to(learner.device)
     others = task.query_images.clone()
     others[:, 1:] = others[:, 1:].flip(1, -1) + 0.5
-    was_training = learner.training
-    learner.eval()
-    try:
+    with evaluating(learner):
         before, after = (learner(t)[:, 0] for t in (task, replace(task, query_images=others)))
-    finally:
-        learner.train(was_training)
     return bool((before - after).abs().max() > 1e-4 * (1 + before.abs().max()))
 
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.backbones import Described, Network, backbone
 from metatutor.data.images import task_of
 from metatutor.episodes import Episode
-from metatutor.files import replacing
+from metatutor.files import decoding, replacing
 from metatutor.functional import Parameters, TaskMap
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of outputs [n, way] and labels [n], or of outputs and targets [n, output]
@@ -114,7 +116,7 @@ class Learner(Described, nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def predict(
         self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
@@ -138,20 +140,14 @@ class Learner(Described, nn.Module, ABC):
         """
         episode, names = task_of(support_images, support_labels, query_images)
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                answers = self(episode.to(self.device, dtype))[0].argmax(-1)
-        finally:
-            self.train(was_training)
+        with evaluating(self):
+            answers = self(episode.to(self.device, dtype))[0].argmax(-1)
         return [names[i] for i in answers.tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
         """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
 
-        Raises:
-            ValueError: if what was learned does not fit the other arguments.
+        A ValueError tells if what was learned does not fit the other arguments.
         """
         network = {"network": self.network} if hasattr(self, "network") else {}
         made = type(self)(**network, **(self.arguments | changes))
@@ -160,14 +156,33 @@ class Learner(Described, nn.Module, ABC):
 
     def save(self, path: Path | str) -> None:
         """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle, and no loss."""
-        network = getattr(self, "network", None)
         about = {"learner": [type(self).__name__, self.arguments]}
-        if isinstance(network, Network):
+        if isinstance(network := getattr(self, "network", None), Network):
             about["network"] = [type(network).__name__, network.arguments]
         learned = {n: t for n, t in self.state_dict().items() if not n.startswith(("loss.", "inner_loss."))}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learned.items()}
         with replacing(Path(path)) as temporary:
             temporary.write_bytes(save(tensors, {"metatutor": json.dumps(about)}))
+
+
+@contextmanager
+def evaluating(learner: Learner) -> Iterator[None]:
+    """Within the block a learner is in evaluation mode, and no gradients are recorded; its mode is put back."""
+    was_training = learner.training
+    learner.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        learner.train(was_training)
+
+
+@contextmanager
+def computing(learner: Learner) -> Iterator[None]:
+    """Within the block torch takes no more threads than pay for a learner; freed memory stays at hand from then on."""
+    keep_freed_memory_once()
+    with limited_threads(threads_for(sum(p.numel() for p in learner.parameters()))):
+        yield
 
 
 def load(path: Path | str, network: nn.Module | None = None) -> Learner:
@@ -188,12 +203,9 @@ def load(path: Path | str, network: nn.Module | None = None) -> Learner:
         >>> load(path).distance
         'cosine'
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["metatutor"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file that learner.save wrote ({error})") from None
+    with decoding(f"{path} is not a file that learner.save wrote"), safe_open(path, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["metatutor"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if network is None and "network" in about:
         network = _exported(path, *about["network"])
     learner = _exported(path, *about["learner"], **({} if network is None else {"network": network}))
@@ -216,8 +228,7 @@ def _exported(path: Path | str, name: str, arguments: dict[str, Any], **more: An
 
 def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Path | str) -> None:
     """Put recorded parameters into a learner; a ValueError, and nothing is changed, if they do not fit."""
-    expected = {name: tuple(tensor.shape) for name, tensor in learner.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    expected, found = ({n: tuple(t.shape) for n, t in named.items()} for named in (learner.state_dict(), parameters))
     if expected != found:
         name = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
         raise ValueError(

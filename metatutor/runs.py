@@ -6,27 +6,26 @@ of more than 2 MB are recorded in half precision; what is evaluated is always wh
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
-from torch import Tensor
 
-from metatutor.allocator import limited_threads, peak_memory_mib, threads_for
+from metatutor.allocator import peak_memory_mib
 from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
 from metatutor.data import Splits
 from metatutor.episodes import ClassImages, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate, scores
-from metatutor.files import replacing
-from metatutor.learner import Learner, load_parameters
+from metatutor.files import decoding, replacing
+from metatutor.learner import Learner, computing, load_parameters
 from metatutor.training import HISTORY_FIELDS, MAY_CHANGE, Row, check_device, read_history, train, write_history
 
 FILES = ("config.json", "history.csv", "model.safetensors", "evaluations.json")
@@ -112,11 +111,11 @@ def check_name(name: str) -> None:
 def task_of(evaluation: Evaluation) -> str:
     """The kind of tasks of an evaluation, such as `5-way 1-shot`."""
     n_way, k_shot = evaluation.n_way, evaluation.k_shot
-    if evaluation.metric == "mse_by_step":
-        return f"sine waves, {k_shot} points"
-    return f"{n_way}-way " + (
-        f"{k_shot}-shot" if evaluation.metric == "accuracy" else f"stream, {k_shot} images a class"
-    )
+    return {
+        "accuracy": f"{n_way}-way {k_shot}-shot",
+        "accuracy_by_instance": f"{n_way}-way stream, {k_shot} images a class",
+        "mse_by_step": f"sine waves, {k_shot} points",
+    }[evaluation.metric]
 
 
 def published() -> list[dict[str, Any]]:
@@ -137,10 +136,8 @@ def published_streams() -> list[dict[str, Any]]:
 
 def _records(results: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in run_folders(results):
-        try:
+        with suppress(ValueError):  # one damaged record is not to hide the others
             yield from ((folder, record) for record in read_evaluations(folder)["evaluations"])
-        except ValueError:
-            continue  # one damaged record is not to hide the others
 
 
 def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
@@ -159,11 +156,9 @@ def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
 
 def _history(folder: Path) -> list[Row]:
     path = folder / "history.csv"
-    try:
+    with decoding(f"{path} is damaged (reproduce the run to make it anew)"):
         history = read_history(path) if path.exists() else []
         return [{name: row[name] for name in HISTORY_FIELDS} for row in history]
-    except (ValueError, TypeError, KeyError, OSError, csv.Error) as error:
-        raise ValueError(f"{path} is damaged ({shown(error)}); reproduce the run to make it anew") from None
 
 
 # --- weights ---
@@ -172,24 +167,19 @@ def _history(folder: Path) -> list[Row]:
 def load_learner(folder: Path, config: RunConfig) -> Learner:
     """The learner of a configuration with the parameters recorded in a folder, in evaluation mode."""
     learner = config.build(n_train_classes=1)  # all that `finish` leaves of a classifier's
-    if config.train is not None:
-        path = folder / "model.safetensors"
-        load_parameters(learner, _read_parameters(path, learner.state_dict()), path)
-    return learner.eval()
-
-
-def _read_parameters(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    try:
+    if config.train is None:
+        return learner.eval()
+    path, like = folder / "model.safetensors", learner.state_dict()
+    with decoding(f"{path} is damaged (reproduce the run to make it anew)"):
         parameters = load_file(path) if path.exists() else {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); reproduce the run to make it anew") from None
     for name, found in parameters.items():
         expected = like.get(name, found).dtype
         if found.dtype != expected and (found.dtype, expected) != (torch.float16, torch.float32):
             raise ValueError(f"{path}: '{name}' is of {found.dtype}, not of {expected}; reproduce the run")
         if found.is_floating_point() and not found.isfinite().all():
             raise ValueError(f"{path}: '{name}' holds numbers that are not finite; reproduce the run")
-    return parameters
+    load_parameters(learner, parameters, path)
+    return learner.eval()
 
 
 def _write_parameters(learner: Learner, path: Path) -> None:
@@ -198,8 +188,7 @@ def _write_parameters(learner: Learner, path: Path) -> None:
     written = save(parameters)
     if len(written) > WEIGHTS_LIMIT:
         written = save({name: t.half() if t.is_floating_point() else t for name, t in parameters.items()})
-    with replacing(path) as temporary:
-        temporary.write_bytes(written)
+    _write(path, written)
     load_parameters(learner, load(written), path)
 
 
@@ -230,7 +219,7 @@ def run_training(
             config.train_spec,
             config.train,
             folder=folder,
-            validate=None if config.regression else _validation(splits, config),
+            validate=None if config.regression else partial(_validated, splits=splits, config=config),
             device=device,
             progress_bar=progress_bar,
         )
@@ -275,10 +264,9 @@ def evaluate_run(
     if record:
         changes = {key: value for key in ("stream", "learner", "network") if (value := getattr(test, key))}
         about = read_evaluations(folder)
-        names = [other["name"] for other in about["evaluations"]]
-        at = names.index(test.name) if test.name in names else len(names)
-        about["evaluations"][at : at + 1] = [{"name": test.name} | changes | found.record()]
-        _write_evaluations(folder, about)
+        records = {other["name"]: other for other in about["evaluations"]}
+        records[test.name] = {"name": test.name} | changes | found.record()
+        _write_evaluations(folder, about | {"evaluations": list(records.values())})
     return found
 
 
@@ -312,42 +300,34 @@ def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data:
     splits = config.data.load(data)
     for split, spec in asked:
         getattr(splits, split).sampler(spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    _write(path, text)
     return splits
 
 
-def _validation(splits: Splits[Any], config: RunConfig) -> Callable[[Learner], float]:
-    def validate(learner: Learner) -> float:
-        sampler = splits.validation.sampler(config.validation_spec, seed=VALIDATION_SEED)
-        return scores(learner, sampler, config.validation.n_episodes, stream=config.validation.stream).mean().item()
-
-    return validate
+def _validated(learner: Learner, splits: Splits[Any], config: RunConfig) -> float:
+    sampler = splits.validation.sampler(config.validation_spec, seed=VALIDATION_SEED)
+    return scores(learner, sampler, config.validation.n_episodes, stream=config.validation.stream).mean().item()
 
 
 def _write_evaluations(folder: Path, about: dict[str, Any]) -> None:
-    with replacing(folder / "evaluations.json") as temporary:
-        temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    _write(folder / "evaluations.json", json.dumps(about, indent=2) + "\n")
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Write a file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _about(learner: Learner, history: list[Row]) -> dict[str, Any]:
-    n_parameters = sum(p.numel() for p in learner.parameters())
-    with limited_threads(threads_for(n_parameters)):
-        device = device_name(learner.device)
+    with computing(learner):
+        threads = torch.get_num_threads()
+    gpu = torch.cuda.get_device_name(learner.device) if learner.device.type == "cuda" else None
     return {
         "train_seconds": round(history[-1]["seconds"], 1) if history else 0.0,
         "train_iterations": int(history[-1]["iteration"]) if history else 0,
-        "device": device,
+        "device": f"{learner.device.type}, " + (gpu or f"{threads} thread{'s' * (threads != 1)}"),
         "torch": torch.__version__,
-        "parameters": n_parameters,
+        "parameters": sum(p.numel() for p in learner.parameters()),
         "peak_memory_mib": peak_memory_mib(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    """How a device is called in records, such as `cpu, 2 threads`."""
-    if device.type == "cuda":
-        return f"cuda, {torch.cuda.get_device_name(device)}"
-    threads = torch.get_num_threads()
-    return f"{device.type}, {threads} thread{'s' * (threads != 1)}"

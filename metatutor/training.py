@@ -20,20 +20,28 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
 from metatutor.episodes import Episode, EpisodeSpec
-from metatutor.files import replacing
-from metatutor.learner import Learner, load_parameters
+from metatutor.files import decoding, replacing
+from metatutor.learner import Learner, computing, load_parameters
 
 HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
 CHECKPOINT = "checkpoint.pt"
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+_SHOWN = "loss={meta_loss:.3f}, accuracy={train_accuracy:.1%}, validation={validation_accuracy:.1%}"
+_PARTS = ("learner", "optimizer", "scheduler", "sampler")  # of a run, what has a `state_dict`
+_PROGRESS = ("iteration", "seconds", "loss_sum", "history", "best")  # and what else it must remember
 MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
 class TrainingDivergedError(RuntimeError):
     """The loss was not finite; the last good checkpoint is kept."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `ValueError` if PyTorch takes no such seed."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -78,37 +86,20 @@ class TrainConfig:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("iterations", "tasks_per_step", "outer_lr", "log_every", "checkpoint_every")
-        for name in (*positive, "clip_norm", "tasks_at_once", "patience"):
+        optional = ("clip_norm", "tasks_at_once", "patience")
+        for name in ("iterations", "tasks_per_step", "outer_lr", "log_every", "checkpoint_every", *optional):
             value = getattr(self, name)
-            if (name in positive and value is None) or (value is not None and not 0 < value < math.inf):
+            if not (name in optional if value is None else 0 < value < math.inf):
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.outer_lr > 1e6 or not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"outer_lr = {self.outer_lr} or weight_decay = {self.weight_decay} is out of range")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        check_seed(self.seed)
         if self.warmup < 0 or self.schedule not in ("cosine", "constant"):
             raise ValueError("warmup must not be negative and schedule must be 'cosine' or 'constant'")
         if self.optimizer not in _OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}")
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
-
-
-@dataclass
-class _Progress:
-    """What the loop remembers besides parameters and optimizer."""
-
-    iteration: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    history: list[Row] = field(default_factory=list)
-
-    def rows_since_best(self) -> int:
-        """Rows of history after the one with the best validation accuracy; 0: it is the last."""
-        accuracies = [row["validation_accuracy"] for row in self.history]
-        return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
 
 def train(
@@ -132,8 +123,7 @@ def train(
     Several processes (`accelerate launch`, `torchrun`) split the tasks of each step among them and average their
     gradients. With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last
     checkpoint stood: on CPU it ends bit for bit as if it had never stopped. More iterations than at first may then be
-    asked for. The learner is left in evaluation mode. The first loss that is not finite is a TrainingDivergedError;
-    Ctrl-C and SIGTERM are a KeyboardInterrupt, after a checkpoint was written.
+    asked for. The learner is left in evaluation mode.
 
     Args:
         learner: what to train, in place.
@@ -170,67 +160,60 @@ def train(
         raise ValueError(f"{type(learner).__name__} learns nothing before it sees a task; evaluate it as it is")
     if validate is None and (config.keep == "best" or config.patience is not None):
         raise ValueError("without `validate` no parameters are the best: give it, or leave keep and patience out")
-    keep_freed_memory_once()
     accelerator, place = _accelerator(device, log_with, folder)
     share = _share(config.tasks_per_step, accelerator)
     draw = classes.sampler if learner.trains_on == "episodes" else classes.mini_batches
     sampler = draw(spec, seed=config.seed)
     learner.to(place)
     parameters: list[Tensor] = list(learner.meta_parameters().values())
-    descent = optimizer(parameters) if optimizer else _optimizer(parameters, config)
+    make = partial(_OPTIMIZERS[config.optimizer], lr=config.outer_lr, weight_decay=config.weight_decay)
+    descent = (optimizer or make)(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(descent, schedule or partial(_rate, config=config))
-    state = _State(learner, descent, scheduler, sampler, config, _Progress())
-    main, folder = accelerator.is_main_process, None if folder is None else Path(folder)
-    threads = threads_for(sum(p.numel() for p in learner.parameters()))
-    with torch.random.fork_rng(), _stop_flag() as stop, limited_threads(threads):
+    state = _State(learner, descent, scheduler, sampler, config)
+    checkpoint = None if folder is None else Path(folder) / CHECKPOINT
+    with torch.random.fork_rng(), _stop_flag() as stop, computing(learner):
         torch.manual_seed(config.seed)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            state.load(folder / CHECKPOINT)
-        if accelerator.num_processes > 1:
-            from accelerate.utils import broadcast
+        if checkpoint:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            state.load(checkpoint)
+        from accelerate.utils import broadcast
 
-            broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
-        progress = state.progress
-        begun = time.perf_counter() - progress.seconds
-        bar = tqdm(
-            total=config.iterations, initial=progress.iteration, disable=not (progress_bar and main), unit="step"
-        )
-        with bar:
+        broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
+        main, begun = accelerator.is_main_process, time.perf_counter() - state.seconds
+        hidden = not (progress_bar and main)
+        with tqdm(total=config.iterations, initial=state.iteration, disable=hidden, unit="step") as bar:
             while not state.finished():
                 learner.train()
                 episode = sampler.sample(config.tasks_per_step).tasks(share).to(place)
                 episode = transform(episode) if transform else episode
-                loss = _step(learner, episode, descent, scheduler, accelerator, config)
+                loss = state.step(episode, accelerator)
                 if not math.isfinite(loss):
-                    raise TrainingDivergedError(_diverged(progress.iteration + 1, loss, folder))
-                progress.iteration += 1
-                progress.loss_sum += loss
-                progress.loss_count += 1
+                    kept = checkpoint and checkpoint.exists()
+                    where = f"; the last good checkpoint is {checkpoint}" if kept else ""
+                    message = f"the loss of iteration {state.iteration + 1} is {loss}: lower outer_lr or inner_lr"
+                    raise TrainingDivergedError(f"{message}, or clip_norm{where}")
                 bar.update()
-                if progress.iteration == config.iterations or progress.iteration % config.log_every == 0:
-                    progress.seconds = time.perf_counter() - begun
-                    _log(progress, learner, episode, validate)
-                    row = progress.history[-1]
-                    state.keep_best()
-                    _show(bar, row)
-                    accelerator.log(row, step=progress.iteration)
+                state.seconds = time.perf_counter() - begun
+                if state.iteration == config.iterations or state.iteration % config.log_every == 0:
+                    row = state.log(episode, validate)
+                    bar.set_postfix_str(_SHOWN.format(**row))
+                    accelerator.log(row, step=state.iteration)
                     for callback in callbacks:
                         callback(learner, row)
-                progress.seconds = time.perf_counter() - begun
-                save = state.finished() or stop.is_set() or progress.iteration % config.checkpoint_every == 0
-                if folder is not None and main and save:
-                    write_history(progress.history, folder / "history.csv")
-                    state.save(folder / CHECKPOINT)
+                    state.seconds = time.perf_counter() - begun
+                due = state.finished() or stop.is_set() or state.iteration % config.checkpoint_every == 0
+                if checkpoint and main and due:
+                    write_history(state.history, checkpoint.with_name("history.csv"))
+                    state.save(checkpoint)
                 if stop.is_set() and not state.finished():
-                    where = f"; run the same command again to go on from {folder / CHECKPOINT}" if folder else ""
-                    raise KeyboardInterrupt(f"stopped after iteration {progress.iteration}{where}")
+                    where = f"; run the same command again to go on from {checkpoint}" if checkpoint else ""
+                    raise KeyboardInterrupt(f"stopped after iteration {state.iteration}{where}")
     if state.best is not None:
         learner.load_state_dict(state.best)
     for tracker in accelerator.trackers:
         tracker.finish()
     learner.eval()
-    return progress.history
+    return state.history
 
 
 def accumulate(
@@ -248,34 +231,6 @@ def accumulate(
     return total
 
 
-def _step(
-    learner: Learner, episode: Episode, optimizer: Any, scheduler: Any, accelerator: Any, config: TrainConfig
-) -> float:
-    """One step of the outer optimizer; no step if the loss is not finite."""
-    optimizer.zero_grad()
-    with accelerator.autocast():
-        loss = accumulate(learner, episode, config.tasks_at_once, accelerator.backward)
-    parameters = [p for p in learner.parameters() if p.grad is not None]
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            parameter.grad = _mean(accelerator, parameter.grad)  # pyright: ignore[reportArgumentType]
-        loss = _mean(accelerator, loss)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm or math.inf)
-    value = loss.item() if torch.isfinite(norm) else math.nan
-    if math.isfinite(value):
-        optimizer.step()
-        scheduler.step()
-        learner.after_step()
-        if accelerator.num_processes > 1:
-            for buffer in filter(torch.is_floating_point, learner.buffers()):
-                buffer.copy_(_mean(accelerator, buffer))
-    return value
-
-
-def _mean(accelerator: Any, tensor: Tensor) -> Tensor:
-    return accelerator.reduce(tensor, reduction="mean")  # pyright: ignore[reportReturnType]
-
-
 def _rate(iteration: int, config: TrainConfig) -> float:
     """The learning rate of an iteration as a fraction of `outer_lr`."""
     warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
@@ -284,37 +239,6 @@ def _rate(iteration: int, config: TrainConfig) -> float:
     left = max(1, config.iterations - config.warmup)
     done = min(1.0, max(0, iteration - config.warmup) / left)
     return warm * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _optimizer(parameters: list[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
-    return _OPTIMIZERS[config.optimizer](parameters, lr=config.outer_lr, weight_decay=config.weight_decay)
-
-
-def _log(progress: _Progress, learner: Learner, episode: Episode, validate: Callable[[Learner], float] | None) -> None:
-    classes = not episode.query_labels.is_floating_point()
-    buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]  # running statistics are no business of a log
-    with torch.no_grad():
-        accuracy = learner.measure(episode).float().mean().item() if classes else math.nan
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    learner.eval()
-    row = {
-        "iteration": progress.iteration,
-        "seconds": round(progress.seconds, 2),
-        "meta_loss": progress.loss_sum / progress.loss_count,
-        "train_accuracy": accuracy,
-        "validation_accuracy": math.nan if validate is None else validate(learner),
-    }
-    progress.history.append(row)
-    progress.loss_sum, progress.loss_count = 0.0, 0
-
-
-def _show(bar: tqdm, row: Row) -> None:
-    bar.set_postfix(
-        loss=f"{row['meta_loss']:.3f}",
-        accuracy=f"{row['train_accuracy']:.1%}",
-        validation=f"{row['validation_accuracy']:.1%}",
-    )
 
 
 def write_history(history: list[Row], path: Path) -> None:
@@ -333,89 +257,125 @@ def read_history(path: Path) -> list[Row]:
 
 @dataclass
 class _State:
-    """Everything that a resumed run must find again."""
+    """Everything that a resumed run must find again, and how it changes."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     sampler: Any
     config: TrainConfig
-    progress: _Progress
+    iteration: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0  # since the last row of history
+    history: list[Row] = field(default_factory=list)
     best: dict[str, Tensor] | None = None
+
+    def rows_since_best(self) -> int:
+        """Rows of history after the one with the best validation accuracy; 0: it is the last."""
+        accuracies = [row["validation_accuracy"] for row in self.history]
+        return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
     def finished(self) -> bool:
         """Whether all iterations are done, or patience is at its end."""
-        patience, done = self.config.patience, self.progress.iteration
-        waited = patience is not None and self.progress.rows_since_best() >= patience
-        return done >= self.config.iterations or waited
+        patience = self.config.patience
+        waited = patience is not None and self.rows_since_best() >= patience
+        return self.iteration >= self.config.iterations or waited
 
-    def keep_best(self) -> None:
-        """Remember the parameters if the last row of history is the best so far."""
-        if self.config.keep == "best" and self.progress.rows_since_best() == 0:
-            self.best = {name: tensor.clone() for name, tensor in self.learner.state_dict().items()}
+    def step(self, episode: Episode, accelerator: Any) -> float:
+        """Take a step of the outer optimizer, but none if the loss, which is returned, is not finite."""
+        self.optimizer.zero_grad()
+        with accelerator.autocast():
+            loss = accumulate(self.learner, episode, self.config.tasks_at_once, accelerator.backward)
+        mean, together = partial(accelerator.reduce, reduction="mean"), accelerator.num_processes > 1
+        parameters = [p for p in self.learner.parameters() if p.grad is not None]
+        if together:
+            for parameter in parameters:
+                parameter.grad = mean(parameter.grad)
+            loss = mean(loss)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip_norm or math.inf)
+        value = loss.item() if torch.isfinite(norm) else math.nan
+        if math.isfinite(value):
+            self.optimizer.step()
+            self.scheduler.step()
+            self.learner.after_step()
+            for buffer in filter(torch.is_floating_point, self.learner.buffers() if together else ()):
+                buffer.copy_(mean(buffer))
+            self.iteration += 1
+            self.loss_sum += value
+        return value
+
+    def log(self, episode: Episode, validate: Callable[[Learner], float] | None) -> Row:
+        """Add a row of history, and remember the parameters if they are to be kept; it ends in evaluation mode."""
+        learner, accuracy = self.learner, math.nan
+        if not episode.query_labels.is_floating_point():
+            buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]
+            with torch.no_grad():
+                accuracy = learner.measure(episode).float().mean().item()
+                for buffer, kept in buffers:  # running statistics are no business of a log
+                    buffer.copy_(kept)
+        learner.eval()
+        before = self.history[-1]["iteration"] if self.history else 0
+        row = {
+            "iteration": self.iteration,
+            "seconds": round(self.seconds, 2),
+            "meta_loss": self.loss_sum / (self.iteration - before),
+            "train_accuracy": accuracy,
+            "validation_accuracy": math.nan if validate is None else validate(learner),
+        }
+        self.history.append(row)
+        self.loss_sum = 0.0
+        if self.config.keep == "best" and self.rows_since_best() == 0:
+            self.best = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
+        return row
 
     def save(self, path: Path) -> None:
-        state = {
-            "learner": self.learner.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "best": self.best,
-            "torch": torch.get_rng_state(),
-            "config": asdict(self.config),
-            "progress": asdict(self.progress),
-        }
+        """Write a checkpoint."""
+        state = {name: getattr(self, name).state_dict() for name in _PARTS}
+        state |= {"config": asdict(self.config), "torch": torch.get_rng_state()}
+        state["progress"] = {name: getattr(self, name) for name in _PROGRESS}
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
+        """Go on from a checkpoint, if there is one."""
         if not path.exists():
             return
-        try:
+        unreadable = f"{path} is not a readable checkpoint; delete it to start anew"
+        with decoding(unreadable):
             state = torch.load(path, map_location="cpu", weights_only=True)
-            config, progress, best = dict(state["config"]), _Progress(**state["progress"]), state["best"]
-            parts = [state[name] for name in ("optimizer", "scheduler", "sampler")]
-            weights, random = dict(state["learner"]), state["torch"]
-        except Exception as error:
-            raise ValueError(f"{path} is not a readable checkpoint; delete it to start anew ({error})") from error
+            config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
+            random, parts = state["torch"], {name: state[name] for name in _PARTS[1:]}
         changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
             )
         load_parameters(self.learner, weights, path)
-        try:
-            for part, of in zip(parts, (self.optimizer, self.scheduler, self.sampler), strict=True):
-                of.load_state_dict(part)
+        with decoding(unreadable):
+            for name, part in parts.items():
+                getattr(self, name).load_state_dict(part)
             torch.set_rng_state(random)
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no whole checkpoint; delete it to start anew ({error})") from error
-        self.progress, self.best = progress, best
+            vars(self).update({name: progress[name] for name in _PROGRESS})
 
 
 @contextmanager
 def _stop_flag() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM sets the flag, so that the step at hand is finished; the second ends it at once."""
     flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(*_: Any) -> None:
+    def on_signal(number: Any, _: Any) -> None:
         flag.set()
-        restore()
+        signal.signal(number, before[number])
 
+    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     for number in before:
         signal.signal(number, on_signal)
     try:
         yield flag
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_device(device: str | None) -> torch.device | None:
@@ -453,8 +413,3 @@ def _share(tasks_per_step: int, accelerator: Any) -> slice:
             f"choose a multiple of {accelerator.num_processes}"
         )
     return slice(each * accelerator.process_index, each * (accelerator.process_index + 1))
-
-
-def _diverged(iteration: int, loss: float, folder: Path | None) -> str:
-    kept = f"; the last good checkpoint is {folder / CHECKPOINT}" if folder and (folder / CHECKPOINT).exists() else ""
-    return f"the loss of iteration {iteration} is {loss}: lower outer_lr or inner_lr, or clip_norm{kept}"

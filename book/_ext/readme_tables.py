@@ -1,4 +1,4 @@
-"""Fill the tables of README.md from `results/`: `make tables`, or `--check` to see whether they are up to date."""
+"""Fill the tables of README.md and of the book: `make tables`, or `--check` to see whether they are up to date."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from methods import methods_index
 from tabulate import tabulate
 
 from metatutor.evaluation import Evaluation
 from metatutor.runs import read_evaluations, run_folders, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
+STEPS = ("installs", "imports", "works")
 
 
 def results_table(results: Path) -> str:
@@ -45,6 +47,29 @@ def benchmark_table(results: Path) -> str:
     return tabulate(rows, ("setting", "metatutor", *peers), "github", disable_numparse=True)
 
 
+def tools_table(results: Path) -> str:
+    """One row a package, of what `studies/tools.py` found; what went wrong stands below."""
+    path = results / "studies" / "tools.json"
+    if not path.exists():
+        return ""
+    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    rows, troubles = [], []
+    for tool in measured:
+        answers = ["yes" if tool[step] else "no" for step in STEPS]
+        answers = [answer if "no" not in answers[:place] else "–" for place, answer in enumerate(answers)]
+        newer = f" (newest: {tool['newest']})" if tool["newest"] != tool["version"] else ""
+        month = (tool["released"] or "–")[:7].replace("-", "\N{NON-BREAKING HYPHEN}")
+        rows.append((f"`{tool['package']}`", *answers, f"{tool['version']}{newer}", month))
+        if tool["error"]:
+            troubles.append(f"- `{tool['package']}`: `{tool['error'].replace('`', chr(39))}`")
+    table = tabulate(rows, ("package", *STEPS, "version", "released"), "github", disable_numparse=True)
+    said = {(tool["date"], tool["python"], tool["torch"]) for tool in measured}
+    told = "; ".join(f"{date}: Python {python}, PyTorch {torch}" for date, python, torch in sorted(said))
+    return "\n\n".join(
+        [table, f"Measured on {told}.", *(["What went wrong:", "\n".join(troubles)] if troubles else [])]
+    )
+
+
 def filled(text: str, tables: dict[str, str]) -> str:
     """The text with each marked region holding its table."""
     for name, table in tables.items():
@@ -53,15 +78,27 @@ def filled(text: str, tables: dict[str, str]) -> str:
     return text
 
 
+def pages(root: Path) -> dict[Path, dict[str, str]]:
+    """The files that have tables to fill, and the tables."""
+    results = root / "results"
+    return {
+        root / "README.md": {"results": results_table(results), "benchmarks": benchmark_table(results)},
+        root / "book/tools.md": {"tools": tools_table(results)},
+        root / "book/methods.md": {"methods": methods_index(root)},
+    }
+
+
 def main() -> str | None:
-    """Rewrite README.md; with `--check`, leave it as it is and return what is wrong with it."""
-    readme, results = ROOT / "README.md", ROOT / "results"
-    before = readme.read_text(encoding="utf-8")
-    after = filled(before, {"results": results_table(results), "benchmarks": benchmark_table(results)})
-    if "--check" in sys.argv:
-        return None if before == after else "README.md does not show what results/ holds; run `make tables`"
-    readme.write_text(after, encoding="utf-8")
-    return None
+    """Rewrite the files; with `--check`, leave them as they are and return what is wrong with them."""
+    stale = []
+    for path, tables in pages(ROOT).items():
+        before = path.read_text(encoding="utf-8")
+        after = filled(before, tables)
+        if before != after:
+            stale.append(path.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv:
+                path.write_text(after, encoding="utf-8")
+    return f"out of date: {', '.join(stale)}; run `make tables`" if stale and "--check" in sys.argv else None
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_the_tested_set_pins_every_direct_dependency() -> None:
     assert sorted(distribution(pin) for pin in pins) == sorted(direct)
 
 
-HOLDS = {".ci", ".github", "benchmarks", "book", "metatutor", "notebooks", "results", "tests"}
+HOLDS = {".ci", ".github", "benchmarks", "book", "metatutor", "notebooks", "results", "studies", "tests"}
 NOISE = {"__pycache__", ".pytest_cache", ".ipynb_checkpoints"}
 RUN = ("config.json", "history.csv", "model.safetensors")
 

@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
-from readme_tables import benchmark_table, filled, results_table
+import sources
+from readme_tables import filled, pages, results_table, tools_table
 from sources import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLES = pages(ROOT)
 
 
 def test_the_python_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,15 +41,33 @@ def test_every_subcommand_exists(command: str, capsys: pytest.CaptureFixture[str
     assert "usage" in capsys.readouterr().out.lower()
 
 
-@pytest.mark.parametrize("region", ["results", "benchmarks"])
-def test_the_regions_to_fill_are_marked(region: str) -> None:
-    assert len(re.findall(f"<!-- {region} -->.*?<!-- /{region} -->", README, re.DOTALL)) == 1
+@pytest.mark.parametrize(("path", "tables"), TABLES.items(), ids=[sources.name(path) for path in TABLES])
+def test_the_tables_are_up_to_date(path: Path, tables: dict[str, str]) -> None:
+    text = path.read_text(encoding="utf-8")
+    for region, table in tables.items():
+        assert len(re.findall(f"<!-- {region} -->.*?<!-- /{region} -->", text, re.DOTALL)) == 1
+        assert table
+        assert filled(text, {region: "other"}) != text
+    assert filled(text, tables) == text, "run `make tables`"
 
 
-def test_the_tables_show_what_results_holds() -> None:
-    tables = {"results": results_table(ROOT / "results"), "benchmarks": benchmark_table(ROOT / "results")}
-    assert filled(README, tables) == README, "run `make tables`"
-    assert filled(README, {"results": "other"}) != README
+ARTICLE = ("1", "2", "3.1", "3.2", "3.3", "4", "5.1", "5.2", "5.3", "5.4", "6", "7", "8")
+
+
+def test_every_section_of_the_article_has_its_page_or_is_planned() -> None:
+    rows = re.findall(r"^\| ([\d.]+) [^|]+\| ([^|]+) \|([^|]*)\|([^|]*)\|$", README, re.MULTILINE)
+    assert tuple(section for section, *_ in rows) == ARTICLE
+    toc = sources.toc_files((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    for _, page, *others in rows:
+        links = re.findall(r"\]\(([^)]+)\)", page)
+        assert [str(Path(link).with_suffix("")) in toc for link in links] == ([] if page == "planned" else [True])
+        assert page != "planned" or not "".join(others).strip()
+
+
+def test_every_link_to_a_file_of_ours_finds_it() -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    assert len(links) > 20
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_a_row_tells_task_accuracy_and_training_and_the_next_whose_weights_it_has(tmp_path: Path) -> None:
@@ -70,3 +90,27 @@ def test_a_row_tells_task_accuracy_and_training_and_the_next_whose_weights_it_ha
         ],
         ["`mann-5w1s`", "5-way 1-shot", "90.0 ± 1.0%", "as above", "1,234"],
     ]
+
+
+def test_a_row_tells_how_far_a_library_came(tmp_path: Path) -> None:
+    shared = {
+        "version": "1.0",
+        "newest": "1.1",
+        "released": "2020-01-02",
+        "python": "3.11.7",
+        "torch": "2.14.1",
+        "date": "2026-11-26",
+    }
+    found = [
+        {"package": "a", "installs": True, "imports": True, "works": True, "error": None},
+        {"package": "b", "installs": True, "imports": False, "works": False, "error": "ImportError: no `b`"},
+    ]
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies/tools.json").write_text(json.dumps([shared | tool for tool in found]))
+    table = tools_table(tmp_path)
+    assert re.findall(r"\| (\w+|–) +\| (\w+|–) +\| (\w+|–) +\| 1.0 \(newest: 1.1\) \| 2020", table) == [
+        ("yes", "yes", "yes"),
+        ("yes", "no", "–"),
+    ]
+    assert "Measured on 2026-11-26: Python 3.11.7, PyTorch 2.14.1." in table
+    assert "- `b`: `ImportError: no 'b'`" in table
