@@ -92,8 +92,9 @@ benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
-tables: $(INSTALLED) ## fill the tables of README.md and the book from results/ and the code
+tables: $(INSTALLED) ## fill the tables and draw the picture of README.md and the book, from results/ and the code
 	@$(BIN)/python book/_ext/readme_tables.py
+	@$(BIN)/python book/_ext/readme_picture.py
 
 stamp: ## write version and address everywhere: make stamp, or make stamp URL=https://github.com/you/fork
 	@$(NEEDS_PYTHON)

@@ -14,6 +14,7 @@ from tabulate import tabulate
 from tyro.conf import arg
 
 from metatutor import runs as recorded
+from metatutor.comparison import compared
 from metatutor.config import RunConfig, TestConfig, load_config, parse_test
 from metatutor.data import omniglot
 from metatutor.evaluation import Evaluation
@@ -147,6 +148,29 @@ def runs() -> None:
         if not records:
             rows.append((folder.name, "not evaluated", "", folder.name))
     print(tabulate(rows, tablefmt="plain", disable_numparse=True))
+
+
+@command
+def results(n_way: int | None = None, k_shot: int | None = None) -> None:
+    """Every method beside its paper, and what it costs; published protocols differ, so this is not a ranking.
+
+    Times are those of one CPU thread; `ms` is to adapt to one task and answer it, tasks a second where 32 go together.
+
+    Args:
+        n_way: only tasks of so many classes.
+        k_shot: only tasks of so many support images a class.
+    """
+    head = ("method", "task", "ours", "paper", "trained", "parameters", "peak MiB", "ms", "tasks/s")
+    rows = []
+    for row in compared():
+        if n_way in (None, row.ours.n_way) and k_shot in (None, row.ours.k_shot):
+            task = f"{row.ours.n_way}-way {row.ours.k_shot}-shot"
+            speed = [f"{number:.0f}" if number else "–" for number in (row.ms_a_task, row.tasks_a_second)]
+            size = (f"{row.train_seconds / 60:.0f} min", f"{row.parameters:,}", f"{row.peak_memory_mib:,}")
+            rows.append((row.method, task, row.ours, row.papers_cell, *size, *speed))
+    if not rows:
+        raise ValueError("no recorded results for such tasks; leave n-way and k-shot out to see what there is")
+    print(tabulate(rows, head, tablefmt="plain", disable_numparse=True))
 
 
 def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:

@@ -124,12 +124,16 @@ class DataConfig:
         split: `"random"` or `"lake"` for Omniglot; Strokes are always split by whole alphabets.
         seed: of the split.
         rotations: whether turned characters are classes of their own.
+        together: the share of training tasks whose characters are all of one alphabet.
+        warp: whether training images are turned, stretched, sheared and shifted a little, at random.
     """
 
     source: Literal["omniglot", "strokes"] = "omniglot"
     split: Literal["random", "lake"] = "random"
     seed: int = 0
     rotations: bool = True
+    together: float = 0.0
+    warp: bool = False
     shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
 
     def __post_init__(self) -> None:
@@ -138,8 +142,10 @@ class DataConfig:
     def load(self, root: Path | str | None = None) -> Splits:
         """The three splits; `root` is where Omniglot lies (see `Omniglot.load`)."""
         if self.source == "strokes":
-            return _strokes().split(seed=self.seed, rotations=self.rotations)
-        return Omniglot.load(root).split(self.split, seed=self.seed, rotations=self.rotations)
+            splits = _strokes().split(seed=self.seed, rotations=self.rotations)
+        else:
+            splits = Omniglot.load(root).split(self.split, seed=self.seed, rotations=self.rotations)
+        return replace(splits, train=replace(splits.train, together=self.together))
 
 
 @dataclass(frozen=True)

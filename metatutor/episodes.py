@@ -54,6 +54,8 @@ class ClassImages:
         images: `[class, drawing, channel, height, width]`, uint8.
         names: one name a class, such as `"Greek/character03"`.
         rotations: whether the three turned copies of each class count as classes.
+        together: the share of tasks all of whose classes belong together, such as characters of one alphabet, which
+            are harder to tell apart: classes do whose names have the same beginning up to `/`.
         counts: how many images, the first ones, each class has, where these are not equally many; what follows them in
             `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
 
@@ -74,6 +76,7 @@ class ClassImages:
     names: Sequence[str]
     rotations: bool = False
     counts: Int64[Tensor, " drawn_class"] | None = None
+    together: float = 0.0
 
     def __post_init__(self) -> None:
         shape = tuple(self.images.shape)
@@ -86,6 +89,8 @@ class ClassImages:
             )
         if shape[-1] in (1, 3, 4) and shape[2] not in (1, 3, 4):
             raise ValueError(f"images come channels last, {list(shape)}; give images.movedim(-1, 2)")
+        if not 0 <= self.together <= 1:
+            raise ValueError(f"together is a share of tasks, from 0 to 1, got {self.together}")
         if len(self.names) != len(self.images):
             raise ValueError(f"{len(self.images)} classes of images but {len(self.names)} names; give one name a class")
         if self.rotations and shape[-1] != shape[-2]:
@@ -266,6 +271,7 @@ class EpisodeSampler:
                 f"of class '{classes.names[counts.index(min(counts))]}'; lower {lower}"
             )
         self.classes, self.spec = classes, spec
+        self.groups = _groups(classes.names, spec.n_way) if classes.together else []
         self.generator = torch.Generator().manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)  # of the support set: its own, so that it changes no task
 
@@ -308,9 +314,33 @@ class EpisodeSampler:
         if self.classes.counts is not None:
             absent = torch.arange(n_drawings) >= self.classes.counts[classes][..., None]
             of_drawings = of_drawings.masked_fill(absent, -1.0)
+        turns = (keys[1] * 4).long()
+        if self.classes.together:
+            self._put_together(classes, turns)
         if self.classes.rotations:
-            classes = classes * 4 + (keys[1] * 4).long()
+            classes = classes * 4 + turns
         return classes, of_drawings.topk(n_shots).indices
+
+    def _put_together(self, classes: Int64[Tensor, "task way"], turns: Int64[Tensor, "task way"]) -> None:
+        """Replace the classes of a share of the tasks by such as belong together, all turned alike."""
+        for task in range(len(classes)):
+            chance, which, *_ = torch.rand(2, dtype=torch.float64, generator=self.generator).tolist()
+            if chance < self.classes.together:
+                members = self.groups[int(which * len(self.groups))]
+                chosen = torch.randperm(len(members), generator=self.generator)[: self.spec.n_way]
+                classes[task], turns[task] = members[chosen], turns[task, 0]
+
+
+def _groups(names: Sequence[str], n_way: int) -> list[Int64[Tensor, " member"]]:
+    """The classes that belong together by their names, where these are enough for a task."""
+    members: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        members.setdefault(name.partition("/")[0], []).append(number)
+    large = [torch.tensor(group) for group in members.values() if len(group) >= n_way]
+    if not large:
+        most = max(map(len, members.values()))
+        raise ValueError(f"n_way = {n_way} exceeds the {most} classes of the largest group; lower n_way or together")
+    return large
 
 
 class ClassificationSampler:

@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load, load_file, save
 
 from metatutor.allocator import peak_memory_mib
-from metatutor.config import RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
+from metatutor.config import DataConfig, RunConfig, TestConfig, config_text, load_config, parse_test, read_text, shown
 from metatutor.data import Splits
+from metatutor.data.warp import warp
 from metatutor.episodes import ClassImages, EpisodeSpec
 from metatutor.evaluation import Evaluation, evaluate, scores
 from metatutor.files import decoding, replacing
@@ -134,6 +135,11 @@ def published_streams() -> list[dict[str, Any]]:
     return json.loads((results_folder() / "published_streams.json").read_text(encoding="utf-8"))
 
 
+def published_lake() -> list[dict[str, Any]]:
+    """The published errors in Lake's 20 one-shot runs: method, error (0–1) and source."""
+    return json.loads((results_folder() / "published_lake.json").read_text(encoding="utf-8"))
+
+
 def _records(results: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in run_folders(results):
         with suppress(ValueError):  # one damaged record is not to hide the others
@@ -222,6 +228,7 @@ def run_training(
             validate=None if config.regression else partial(_validated, splits=splits, config=config),
             device=device,
             progress_bar=progress_bar,
+            transform=warp if isinstance(config.data, DataConfig) and config.data.warp else None,
         )
         learner.finish()
         _write_parameters(learner, folder / "model.safetensors")

@@ -17,12 +17,12 @@ from metatutor.data import Omniglot, Strokes
 from metatutor.data.images import from_arrays, from_dataset
 from metatutor.episodes import ClassImages
 from metatutor.files import replacing
-from metatutor.runs import device_name, results_folder
+from metatutor.runs import results_folder
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
     """Write the rows of a study to `results/studies/NAME.json`, one a line."""
-    about = {"device": device_name(torch.device("cpu")), "torch": torch.__version__}
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     lines = ",\n".join(json.dumps(row) for row in rows)
     path = results_folder() / "studies" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)

@@ -11,10 +11,12 @@ of two tasks, of the same alphabet and of two.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from common import write
 from torch import Tensor
@@ -25,30 +27,33 @@ from metatutor.data import Omniglot
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
 from metatutor.evaluation import confidence95
 from metatutor.functional import Parameters, flatten_tasks
-from metatutor.runs import load_run
+from metatutor.runs import load_run, run_names
 
 RUNS = ("maml-5w1s", "anil-5w1s", "boil-5w1s", "protomaml-20w1s", "pretrained-finetuned-5w1s")
-ALPHABETS, TASKS_OF_EACH = 8, 25
+ALPHABETS, TASKS_OF_EACH = 7, 28
 
 
 class Finetuning:
-    """Fine-tuning as a path of two: the pretrained network with a last layer of zeros, and what came of it."""
+    """Fine-tuning as a path of two: the pretrained network and what came of it, both with the last layer of the end."""
 
     def __init__(self, learner: PretrainedFinetuned) -> None:
         self.learner, self.network = learner, learner.network
 
     def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
-        """Before the first step and after the last."""
-        return [self.learner.with_arguments(steps=0).adapt(episode), self.learner.adapt(episode)]
+        """Before the first step, but for the last layer, which each task begins anew with zeros; and after the last."""
+        before, after = self.learner.with_arguments(steps=0).adapt(episode), self.learner.adapt(episode)
+        head = self.network.head_prefix or ""
+        return [{n: after[n] if n.startswith(head) else p for n, p in before.items()}, after]
 
 
 def layers_moved(name: str, learner: Any, episode: Episode) -> dict[str, Any]:
-    """Mean and interval of both measures for each layer; a last layer that begins as zeros has no relative change."""
-    moved = what_moved(Finetuning(learner) if isinstance(learner, PretrainedFinetuned) else learner, episode)
+    """Mean and interval of both measures for each layer; not for a last layer that fine-tuning begins anew."""
+    begins_anew = isinstance(learner, PretrainedFinetuned)
+    moved = what_moved(Finetuning(learner) if begins_anew else learner, episode)
 
     def of_layers(measured: dict[str, Tensor]) -> dict[str, list[float]]:
-        finite = {layer: values for layer, values in measured.items() if bool(values.isfinite().all())}
-        return {layer: [values.mean().item(), confidence95(values)] for layer, values in finite.items()}
+        layers = [name for name in measured if not (begins_anew and name.startswith("linear"))]
+        return {name: [measured[name].mean().item(), confidence95(measured[name])] for name in layers}
 
     return {"run": name, "change": of_layers(moved.change), "similarity": of_layers(moved.similarity)}
 
@@ -69,31 +74,45 @@ def tasks_of_alphabets(classes: ClassImages) -> tuple[Episode, list[str]]:
     return Episode(*joined, n_way=5), [alphabet for alphabet in largest for _ in range(TASKS_OF_EACH)]
 
 
+def changes(learner: Any, episode: Episode) -> Tensor:
+    """The change of the convolutions in each task, `[task, parameter]`."""
+    path = learner.adaptation_path(episode)
+    return flatten_tasks(path[-1][name] - path[0][name] for name in path[0] if name.startswith("blocks."))
+
+
 def map_of_changes(learner: Any, classes: ClassImages) -> dict[str, Any]:
-    """Two principal components of the convolutions' change in each task, and cosines within and between alphabets."""
+    """Two principal components of the directions of change, and cosines between tasks with something in common."""
     episode, alphabets = tasks_of_alphabets(classes)
-    before, after = learner.adaptation_path(episode)[:: len(learner.adaptation_path(episode)) - 1]
-    convolutions = [name for name in before if name.startswith("blocks.")]
-    changes = flatten_tasks(after[name] - before[name] for name in convolutions)
-    centred = changes - changes.mean(0)
-    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
-    directions = torch.nn.functional.normalize(centred, dim=1)
-    cosines, of_task = directions @ directions.T, torch.tensor([sorted(set(alphabets)).index(a) for a in alphabets])
-    same = of_task[:, None] == of_task
-    apart = ~torch.eye(len(alphabets), dtype=torch.bool)
-    # one number an alphabet, since its pairs of tasks are not independent of each other
-    within = torch.stack([cosines[i][:, i][apart[i][:, i]].mean() for i in (of_task == a for a in of_task.unique())])
-    between = torch.stack([cosines[i][:, ~i].mean() for i in (of_task == a for a in of_task.unique())])
-    shuffled = of_task[torch.randperm(len(of_task), generator=torch.Generator().manual_seed(0))]
-    by_chance = cosines[(shuffled[:, None] == shuffled) & apart].mean().item()
+    own = changes(learner, episode)
+    centred = own - own.mean(0)
+    directions = F.normalize(centred, dim=1)  # some tasks take far longer steps than others
+    u, s, _ = torch.linalg.svd(directions - directions.mean(0), full_matrices=False)
+    cosines = directions @ directions.T
+    kind = torch.tensor([sorted(set(alphabets)).index(alphabet) for alphabet in alphabets])
+    same, apart = kind[:, None] == kind, ~torch.eye(len(kind), dtype=torch.bool)
+    # one mean a task, since its pairs are not independent of each other
+    within = (cosines * (same & apart)).sum(1) / (same & apart).sum(1)
+    between = (cosines * ~same).sum(1) / (~same).sum(1)
+    others = torch.arange(5) * 15  # the first query image of each class stands in for the support image
+    drawn_anew = replace(
+        episode, support_images=episode.query_images[:, others], support_labels=episode.query_labels[:, others]
+    )
+    renumbered = replace(
+        episode, support_labels=(episode.support_labels + 1) % 5, query_labels=(episode.query_labels + 1) % 5
+    )
+    pairs = {
+        "two alphabets": between,
+        "one alphabet": within,
+        "the same characters, numbered otherwise": F.cosine_similarity(
+            centred, changes(learner, renumbered) - own.mean(0)
+        ),
+        "the same characters, other drawings": F.cosine_similarity(centred, changes(learner, drawn_anew) - own.mean(0)),
+    }
     return {
-        "alphabets": alphabets,
+        "alphabets": [alphabet.replace("_", " ") for alphabet in alphabets],
         "components": (u[:, :2] * s[:2]).tolist(),
         "explained": (s[:2].square() / s.square().sum()).tolist(),
-        "cosine_within": [within.mean().item(), confidence95(within)],
-        "cosine_between": [between.mean().item(), confidence95(between)],
-        "cosine_shuffled": by_chance,
-        "n_same": int((same & apart).sum()),
+        "cosines": {name: [values.mean().item(), confidence95(values)] for name, values in pairs.items()},
     }
 
 
@@ -110,7 +129,7 @@ def main(data: Path | None = None, tasks: int = 200) -> None:
     classes = characters.split().test
     episode = classes.sampler(EpisodeSpec(5, 1, 15), seed=2).sample(tasks)
     rows = []
-    for name in RUNS:
+    for name in (name for name in RUNS if f"omniglot-{name}" in run_names()):
         rows.append(layers_moved(name, load_run(f"omniglot-{name}").learner(), episode))
         print(name, rows[-1]["change"], flush=True)
     rows.append(map_of_changes(load_run("omniglot-maml-5w1s").learner(), characters.split(rotations=False).test))

@@ -424,3 +424,48 @@ def test_no_such_task(random_episode: Callable[..., Episode]):
     for index in (-1, 2):
         with pytest.raises(ValueError, match=exactly(f"no task {index} in an episode of 2 tasks; count from 0")):
             episode.task(index)
+
+
+# --- classes that belong together ---
+
+
+def grouped(sizes: dict[str, int], **more: Any) -> ClassImages:
+    """Classes named `group/number`, whose every pixel is the class's number."""
+    names = [f"{group}/{i}" for group, size in sizes.items() for i in range(size)]
+    images = torch.arange(len(names), dtype=torch.uint8)[:, None, None, None, None].expand(-1, 4, 1, 2, 2)
+    return ClassImages(images, names, **more)
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_a_share_of_the_tasks_has_classes_that_belong_together(rotations: bool):
+    classes = grouped({"a": 6, "b": 9, "small": 3}, rotations=rotations, together=0.5)
+    sampler = EpisodeSampler(classes, EpisodeSpec(5, 1, 1), seed=0)
+    _, drawn = sampler.sample_with_classes(600)
+    characters, turns = (drawn // 4, drawn % 4) if rotations else (drawn, torch.zeros_like(drawn))
+    assert all(len(set(task)) == 5 for task in characters.tolist())
+    groups = [{classes.names[i].partition("/")[0] for i in task} for task in characters.tolist()]
+    together = torch.tensor([len(g) == 1 for g in groups])
+    by_chance = 0.03  # six or nine of eighteen, five times
+    assert 0.44 < together.double().mean() < 0.56 + by_chance
+    assert {g for group in groups if len(group) == 1 for g in group} == {"a", "b"}
+    if rotations:
+        assert (turns[together] == turns[together][:, :1]).all(1).double().mean() > 0.9
+        assert len(set(turns[together][:, 0].tolist())) == 4
+
+
+def test_together_changes_nothing_where_it_is_zero_and_resumes_where_it_is_not():
+    spec = EpisodeSpec(4, 1, 1)
+    plain, never = (EpisodeSampler(grouped({"a": 6, "b": 6}, **of), spec, seed=3) for of in ({}, {"together": 0.0}))
+    assert torch.equal(plain.sample_with_classes(20)[1], never.sample_with_classes(20)[1])
+    one, other = (EpisodeSampler(grouped({"a": 6, "b": 6}, together=0.5), spec, seed=3) for _ in range(2))
+    one.sample(7)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.sample_with_classes(20)[1], other.sample_with_classes(20)[1])
+
+
+def test_too_many_ways_for_what_belongs_together_are_told():
+    with pytest.raises(ValueError, match="n_way = 5 exceeds the 4 classes of the largest group"):
+        EpisodeSampler(grouped({"a": 4, "b": 3}, together=0.1), EpisodeSpec(5, 1, 1))
+    for share in (-0.1, 1.5):
+        with pytest.raises(ValueError, match="together is a share of tasks, from 0 to 1"):
+            grouped({"a": 4}, together=share)

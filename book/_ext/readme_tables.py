@@ -11,6 +11,7 @@ from typing import Any
 from methods import methods_index
 from tabulate import tabulate
 
+from metatutor.comparison import SETTINGS, summary
 from metatutor.evaluation import Evaluation
 from metatutor.runs import read_evaluations, run_folders, task_of
 
@@ -18,7 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
 
 
-def results_table(results: Path) -> str:
+def summary_table(results: Path) -> str:
+    """One row a method: its accuracies, the papers' in brackets."""
+    head = ("method", *(f"{n_way}-way {k_shot}-shot" for n_way, k_shot in SETTINGS))
+    return tabulate(summary(results), head, "github", disable_numparse=True)
+
+
+def runs_table(results: Path) -> str:
     """One row a recorded evaluation; those of a run follow each other."""
     rows = []
     for folder in run_folders(results):
@@ -82,7 +89,8 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
     """The files that have tables to fill, and the tables."""
     results = root / "results"
     return {
-        root / "README.md": {"results": results_table(results), "benchmarks": benchmark_table(results)},
+        root / "README.md": {"results": summary_table(results), "benchmarks": benchmark_table(results)},
+        root / "book/runs.md": {"runs": runs_table(results)},
         root / "book/tools.md": {"tools": tools_table(results)},
         root / "book/methods.md": {"methods": methods_index(root)},
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import sources
-from readme_tables import filled, pages, results_table, tools_table
+from readme_tables import filled, pages, runs_table, tools_table
 from sources import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def test_a_row_tells_task_accuracy_and_training_and_the_next_whose_weights_it_ha
     (tmp_path / "mann-5w-stream").mkdir()
     (tmp_path / "mann-5w-stream" / "config.json").write_text("{}")
     (tmp_path / "mann-5w-stream" / "evaluations.json").write_text(json.dumps(about))
-    [_, _, *rows] = results_table(tmp_path).splitlines()
+    [_, _, *rows] = runs_table(tmp_path).splitlines()
     assert [[cell.strip() for cell in row.strip("|").split("|")] for row in rows] == [
         [
             "`mann-5w-stream`",

@@ -4,7 +4,7 @@ Each function returns a figure that a notebook shows by naming it, as crisp SVG,
 size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
 """
 
-from metatutor.book.figures.compare import cost, places
+from metatutor.book.figures.compare import cost, differences, places
 from metatutor.book.figures.concepts import families
 from metatutor.book.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
 from metatutor.book.figures.filling import filling_memory
@@ -32,6 +32,7 @@ __all__ = [
     "characters",
     "confusions",
     "cost",
+    "differences",
     "embedding",
     "families",
     "fast_weights",

@@ -69,3 +69,21 @@ def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Pic
 
 def _cycled(values: Sequence[str], groups: Mapping[str, object]) -> list[str]:
     return [values[i % len(values)] for i in range(len(groups))]
+
+
+@styled
+def differences(rows: Mapping[str, tuple[float, float]], *, x: str) -> Picture:
+    """Differences with their intervals, one line each, and zero: an interval that keeps clear of it tells two apart.
+
+    Args:
+        rows: name to difference and half the width of its interval, both as fractions; shown in percentage points.
+        x: what the axis shows.
+    """
+    figure = picture(0.3 * len(rows) + 0.9)
+    axes = figure.subplots()
+    axes.axvline(0, color=GREY, lw=1)
+    for line, (mean, half) in enumerate(rows.values()):
+        clear = abs(mean) > half
+        axes.errorbar(100 * mean, line, xerr=100 * half, fmt="o", color=COLOURS[0] if clear else GREY, capsize=3)
+    axes.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(len(rows) - 0.4, -0.6), xlabel=x)
+    return figure
