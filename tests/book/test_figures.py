@@ -16,11 +16,13 @@ from browser import BROWSER, found_in_the_browser
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
+from matplotlib.container import ErrorbarContainer
+from matplotlib.text import Annotation
 
 from metatutor.backbones import MLP, ConvNet
 from metatutor.book import figures
 from metatutor.book.figures import Picture
-from metatutor.book.figures.style import CJK_FONTS
+from metatutor.book.figures.style import BLUE, CJK_FONTS, GREY
 from metatutor.episodes import Episode
 from metatutor.functional import class_means
 from metatutor.metric.matching import attend
@@ -51,6 +53,10 @@ ALL: dict[str, Callable[[], Picture]] = {
     "characters": lambda: figures.characters({"Omniglot": torch.rand(6, 28, 28), "Strokes": torch.rand(4, 28, 28)}),
     "task": lambda: figures.task(episode()),
     "lines": lambda: figures.lines({"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.3, 0.2])}, x="step", y="loss (nats)"),
+    "lines, intervals": lambda: figures.lines({"a": ([1, 2], [0.1, 0.2], [0.05, 0.01])}, x="ways", y="accuracy"),
+    "cost": lambda: figures.cost({"metric": {"A": (2.0, 0.01, 0.002), "B": (60, 0.5, 0.6)}}, x="minutes"),
+    "differences": lambda: figures.differences({"A": (0.01, 0.002), "B": (-0.01, 0.02)}, x="points"),
+    "places": lambda: figures.places({f"group {i}": torch.rand(4, 2) for i in range(9)}, x="first", y="second"),
     "learning_curve": lambda: figures.learning_curve(history(), levels={"guessing": 0.2}),
     "intervals": lambda: figures.intervals({"here": {"MAML": (0.9, 0.01)}, "papers": {"MAML": (0.98, None)}}),
     "adaptation": lambda: figures.adaptation(episode(), torch.rand(4, 10, 5).softmax(-1), shown=range(0, 10, 2)),
@@ -195,6 +201,22 @@ def tiny_font(path: Path, name: str, character: str) -> Path:
     made.setupPost()
     made.save(path)
     return path
+
+
+def test_names_beside_costs_stand_in_the_order_of_the_errors() -> None:
+    points = {"best": (9.0, 0.01, 0.001), "worst": (1.0, 0.5, 0.01), "middle": (3.0, 0.1, 0.01)}
+    [axes] = figures.cost({"metric": points}, x="minutes").axes
+    heights = {text.get_text(): text.xyann[1] for text in axes.texts if isinstance(text, Annotation)}
+    assert heights["worst"] > heights["middle"] > heights["best"]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+
+
+def test_a_difference_whose_interval_holds_zero_is_grey() -> None:
+    [axes] = figures.differences({"clear": (0.02, 0.01), "not": (0.01, 0.02)}, x="points").axes
+    colours = [
+        container.lines[0].get_color() for container in axes.containers if isinstance(container, ErrorbarContainer)
+    ]
+    assert colours == [BLUE, GREY]
 
 
 def test_a_stepper_has_a_button_and_a_described_picture_for_every_frame() -> None:

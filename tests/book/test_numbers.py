@@ -13,8 +13,8 @@ from metatutor import runs
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("book/*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
-# Numbers by definition: an interval's level, guessing among five, a half-width to be reached, and how often one is right
-# on the first drawing of a class who remembers which of five have been.
+# By definition: an interval's level, guessing among five, a half-width to be reached, and how often one who remembers
+# which of five classes have been is right on the first drawing of a class.
 DEFINED = {"95", "20", "0.2", "45.7"}
 
 
