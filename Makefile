@@ -14,6 +14,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
+STUDIES ?= comparison lake moved ways transfer classes tools
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast
@@ -28,7 +29,7 @@ NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit oldest notebooks book links format benchmarks tables stamp clean
+.PHONY: help venv test lint types unit oldest notebooks book links format benchmarks studies tables stamp clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +92,9 @@ format: $(INSTALLED) ## put code and notebooks into the project's format, and cl
 benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
+
+studies: $(INSTALLED) ## repeat the measurements behind the chapters, which takes hours; some: make studies STUDIES="lake moved"
+	@for study in $(STUDIES); do echo "== $$study"; $(BIN)/python studies/$$study.py || exit 1; done
 
 tables: $(INSTALLED) ## fill the tables and draw the picture of README.md and the book, from results/ and the code
 	@$(BIN)/python book/_ext/readme_tables.py
