@@ -443,7 +443,7 @@ def test_a_share_of_the_tasks_has_classes_that_belong_together(rotations: bool):
     _, drawn = sampler.sample_with_classes(600)
     characters, turns = (drawn // 4, drawn % 4) if rotations else (drawn, torch.zeros_like(drawn))
     assert all(len(set(task)) == 5 for task in characters.tolist())
-    groups = [{classes.names[i].partition("/")[0] for i in task} for task in characters.tolist()]
+    groups = [{str(classes.names[i]).partition("/")[0] for i in task} for task in characters.tolist()]
     together = torch.tensor([len(g) == 1 for g in groups])
     by_chance = 0.03  # six or nine of eighteen, five times
     assert 0.44 < together.double().mean() < 0.56 + by_chance
