@@ -27,7 +27,7 @@ WRONG = [  # an option, and what no run can have
     *(("--n-query", value) for value in ("0", "-1", "1000")),
     *(("--learner.inner-lr", value) for value in ("0", "-1", "nan", "inf", "-inf")),
     *(("--learner.inner-steps", value) for value in ("-1", "1.5")),
-    *(("--learner.adapt", value) for value in ("body", "", "ALL")),
+    *(("--learner.adapt", value) for value in ("tail", "", "ALL")),
     *(("--network.filters", value) for value in ("0", "-1", "1000000000", "9" * 30)),
     *(("--network.n-blocks", value) for value in ("0", "1000000000")),
     *(("--network.normalization", value) for value in ("layer", "none")),

@@ -88,6 +88,8 @@ def test_every_method_and_network_has_one_tag() -> None:
             "siamese",
             "matching",
             "prototypical",
+            "proto-maml",
+            "r2d2",
             "relation",
         ]
     )

@@ -513,15 +513,15 @@ def test_half_precision_is_near_full(random_episode: Episodes, options: dict[str
 # --- adaptation ------------------------------------------------------------------------------------------------
 
 
-def test_only_the_head_moves_if_asked(random_episode: Episodes):
+def test_only_the_head_or_all_but_it_moves_if_asked(random_episode: Episodes):
     episode = random_episode()
-    for adapt in ("all", "head"):
+    for adapt, head, body in (("all", True, True), ("head", True, False), ("body", False, True)):
         learner = small(adapt=adapt, hidden=(5,))
         adapted = learner.adapt(episode)
         for name, parameter in learner.network.named_parameters():
             assert adapted[name].shape == (len(episode), *parameter.shape)
             moved = (adapted[name] != parameter).flatten(1).any(1)
-            assert moved.tolist() == [adapt == "all" or name.startswith("head.")] * len(episode), name
+            assert moved.tolist() == [head if name.startswith("head.") else body] * len(episode), name
 
 
 def test_test_inner_lr_is_for_evaluation_mode(random_episode: Episodes):
@@ -573,7 +573,7 @@ def test_overfits_one_episode(random_episode: Episodes, options: dict[str, Any])
             {"test_inner_lr": 0.1, "learned_lr": "layer"},
             "where rates are learned, the test takes them too; leave test_inner_lr out",
         ),
-        ({"adapt": "body"}, "adapt must be 'all' or 'head', got 'body'"),
+        ({"adapt": "tail"}, "adapt must be 'all', 'head' or 'body', got 'tail'"),
         ({"learned_lr": "each"}, "learned_lr must be 'none', 'parameter' or 'layer', got 'each'"),
         ({"multi_step_iterations": -1}, "multi_step_iterations must not be negative, got -1"),
         (

@@ -72,6 +72,8 @@ class AdaptingLearner(NetworkLearner):
         self.inner_loss: Loss = self.loss if inner_loss is None else inner_loss
         self.ways = self.network.n_outputs
         self.moving = list(self._adaptable())
+        if fixed_head:
+            self.head_names()  # or an error now
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
