@@ -363,19 +363,23 @@ def _stop_flag() -> Iterator[threading.Event]:
     """The first Ctrl-C or SIGTERM sets the flag, so that the step at hand is finished; the second ends it at once."""
     flag = threading.Event()
 
-    def on_signal(number: Any, _: Any) -> None:
-        flag.set()
-        signal.signal(number, before[number])
-
     in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_signal(*_: Any) -> None:
+        flag.set()
+        restore()
+
     for number in before:
         signal.signal(number, on_signal)
     try:
         yield flag
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 def check_device(device: str | None) -> torch.device | None:

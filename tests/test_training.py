@@ -731,10 +731,11 @@ def test_ctrl_c_in_the_last_step_changes_nothing():
 
 
 @pytest.mark.usefixtures("usual_interrupt")
-def test_a_second_ctrl_c_does_not_wait():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_wait_whichever_the_first_was(first: signal.Signals):
     def press_twice(draw: int) -> None:
         if draw == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(first)
             signal.raise_signal(signal.SIGINT)
 
     learner = Line()
