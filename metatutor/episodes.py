@@ -324,7 +324,7 @@ class EpisodeSampler:
     def _put_together(self, classes: Int64[Tensor, "task way"], turns: Int64[Tensor, "task way"]) -> None:
         """Replace the classes of a share of the tasks by such as belong together, all turned alike."""
         for task in range(len(classes)):
-            chance, which, *_ = torch.rand(2, dtype=torch.float64, generator=self.generator).tolist()
+            chance, which = torch.rand(2, dtype=torch.float64, generator=self.generator).tolist()
             if chance < self.classes.together:
                 members = self.groups[int(which * len(self.groups))]
                 chosen = torch.randperm(len(members), generator=self.generator)[: self.spec.n_way]

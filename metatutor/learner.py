@@ -279,7 +279,7 @@ class NetworkLearner(Learner):
         """The mean loss of the query images."""
         return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
 
-    def outputs_under(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n output"]:
+    def call_network(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n output"]:
         """What one task's parameters make of images, `[n, channel, height, width]` and `n_support` if that matters."""
         return functional_call(self.network, parameters, images)
 
@@ -290,7 +290,7 @@ class NetworkLearner(Learner):
         of_outputs = self.loss if loss is None else loss
 
         def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-            return of_outputs(self.outputs_under(own, images), labels)
+            return of_outputs(self.call_network(own, images), labels)
 
         return self.map_tasks(of_task, parameters, episode.support_images, episode.support_labels)
 
@@ -299,8 +299,8 @@ class NetworkLearner(Learner):
 
         def of_task(own: Parameters, support: Tensor, query: Tensor) -> Tensor:
             if self.network.normalization != "support":
-                return self.outputs_under(own, query)
+                return self.call_network(own, query)
             images = torch.cat([support, query])
-            return self.outputs_under(own, images, len(support))[len(support) :]
+            return self.call_network(own, images, len(support))[len(support) :]
 
         return self.map_tasks(of_task, parameters, episode.support_images, episode.query_images)

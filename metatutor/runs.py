@@ -121,23 +121,27 @@ def task_of(evaluation: Evaluation) -> str:
 
 def published() -> list[dict[str, Any]]:
     """The papers' numbers: one dict a row, with method, n_way, k_shot, accuracy, ci95, source and protocol."""
-    return json.loads((results_folder() / "published.json").read_text(encoding="utf-8"))
+    return _read_json("published.json")
 
 
 def study(name: str) -> list[dict[str, Any]]:
     """The rows that a script of `studies/` recorded; none if it was not run."""
-    path = results_folder() / "studies" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    recorded = f"studies/{name}.json"
+    return _read_json(recorded)["rows"] if (results_folder() / recorded).exists() else []
 
 
 def published_streams() -> list[dict[str, Any]]:
     """The papers' accuracies by instance, counted from 1: method, n_way, instance, accuracy, source and protocol."""
-    return json.loads((results_folder() / "published_streams.json").read_text(encoding="utf-8"))
+    return _read_json("published_streams.json")
 
 
 def published_lake() -> list[dict[str, Any]]:
     """The published errors in Lake's 20 one-shot runs: method, error (0–1) and source."""
-    return json.loads((results_folder() / "published_lake.json").read_text(encoding="utf-8"))
+    return _read_json("published_lake.json")
+
+
+def _read_json(name: str) -> Any:
+    return json.loads((results_folder() / name).read_text(encoding="utf-8"))
 
 
 def _records(results: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -24,7 +24,9 @@ from pathlib import Path
 from textwrap import dedent, shorten
 from typing import Any
 
-RECORDED = Path(__file__).parents[1] / "results" / "studies" / "tools.json"
+from common import write
+
+from metatutor.runs import study
 
 
 @dataclass(frozen=True)
@@ -277,13 +279,11 @@ def main() -> None:
     known = {tool.package for tool in TOOLS}
     if unknown := sorted(set(only) - known):
         sys.exit(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    recorded = {row["package"]: row for row in json.loads(RECORDED.read_text())} if RECORDED.exists() else {}
+    recorded = {row["package"]: row for row in study("tools")}
     for found in measured(tuple(tool for tool in TOOLS if not only or tool.package in only)):
         print(found)
         recorded[found.package] = asdict(found)
-    RECORDED.parent.mkdir(parents=True, exist_ok=True)
-    rows = [recorded[tool.package] for tool in TOOLS if tool.package in recorded]
-    RECORDED.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write("tools", [recorded[tool.package] for tool in TOOLS if tool.package in recorded])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import tools
-from tools import RECORDED, TOOLS, complaint
+from tools import TOOLS, complaint
+
+from metatutor.runs import study
 
 COMPILER = """
   error: subprocess-exited-with-error
@@ -45,7 +45,7 @@ def test_what_is_asked_of_a_package_is_python(tool: tools.Tool) -> None:
 
 
 def test_the_record_has_every_package_and_no_contradiction() -> None:
-    rows = json.loads(RECORDED.read_text(encoding="utf-8"))
+    rows = study("tools")
     assert [row["package"] for row in rows] == [tool.package for tool in TOOLS]
     for row in rows:
         assert row["installs"] >= row["imports"] >= row["works"]

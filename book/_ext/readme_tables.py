@@ -59,7 +59,7 @@ def tools_table(results: Path) -> str:
     path = results / "studies" / "tools.json"
     if not path.exists():
         return ""
-    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     rows, troubles = [], []
     for tool in measured:
         answers = ["yes" if tool[step] else "no" for step in STEPS]

@@ -79,7 +79,7 @@ class ProtoMAML(AdaptingLearner):
         layer = dict(zip(_LAYER, (2 * prototypes, -prototypes.pow(2).sum(-1)), strict=True))
         return super().initial_parameters(episode) | layer
 
-    def outputs_under(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n way"]:
+    def call_network(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n way"]:
         """The logits of one task's images."""
         weight, bias = (parameters[name] for name in _LAYER)
         return F.linear(self._embed(parameters, *images), weight, bias)

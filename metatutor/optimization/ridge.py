@@ -20,7 +20,8 @@ class R2D2(EmbeddingLearner):
     `W = argmin |X W - Y|² + penalty |W|² = Xᵀ (X Xᵀ + penalty I)⁻¹ Y`, and `logits = scale * f(query) W + shift`. The
     system has as many unknowns as there are support images, however long the embeddings are. The outer loop learns the
     embedding, `penalty`, `scale` and `shift` by differentiating through the solution; of the first two, which are
-    positive, it learns the logarithms.
+    positive, it learns the logarithms. (`shift` is the paper's; it is the same for all classes, so that no probability
+    depends on it.)
 
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).

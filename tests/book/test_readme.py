@@ -106,7 +106,7 @@ def test_a_row_tells_how_far_a_library_came(tmp_path: Path) -> None:
         {"package": "b", "installs": True, "imports": False, "works": False, "error": "ImportError: no `b`"},
     ]
     (tmp_path / "studies").mkdir()
-    (tmp_path / "studies/tools.json").write_text(json.dumps([shared | tool for tool in found]))
+    (tmp_path / "studies/tools.json").write_text(json.dumps({"rows": [shared | tool for tool in found]}))
     table = tools_table(tmp_path)
     assert re.findall(r"\| (\w+|–) +\| (\w+|–) +\| (\w+|–) +\| 1.0 \(newest: 1.1\) \| 2020", table) == [
         ("yes", "yes", "yes"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import cycle
 
 from jaxtyping import Float
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
@@ -58,17 +59,12 @@ def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Pic
     """
     figure = picture(3.9)
     axes = figure.subplots()
-    for (name, points), colour, marker in zip(
-        groups.items(), _cycled(COLOURS, groups), _cycled(MARKERS, groups), strict=True
-    ):
+    looks = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
+    for (name, points), (colour, marker) in zip(groups.items(), looks, strict=False):
         axes.plot(*points.numpy().T, marker, color=colour, label=name, ms=4, alpha=0.8, mew=0)
     axes.set(xlabel=x, ylabel=y)
     figure.legend(loc="outside lower left", ncols=2, alignment="left")
     return figure
-
-
-def _cycled(values: Sequence[str], groups: Mapping[str, object]) -> list[str]:
-    return [values[i % len(values)] for i in range(len(groups))]
 
 
 @styled
