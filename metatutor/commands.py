@@ -154,8 +154,8 @@ def runs() -> None:
 def results(n_way: int | None = None, k_shot: int | None = None) -> None:
     """Every method beside its paper, and what it costs; published protocols differ, so this is not a ranking.
 
-    Times are those of one CPU thread, where they were measured: `ms` is to adapt to one task and answer it, tasks a second
-    where 32 go together.
+    Times are those of one CPU thread, where they were measured: `ms` is to adapt to one task and answer it, tasks a
+    second where 32 go together.
 
     Args:
         n_way: only tasks of so many classes.
