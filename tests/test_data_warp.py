@@ -52,3 +52,11 @@ def test_a_training_that_warps_goes_on_bit_for_bit(tmp_path) -> None:
             train(learner, classes, spec, config, folder=folder, transform=warp, device="cpu", progress_bar=False)
         weights.append(torch.cat([p.detach().flatten() for p in learner.parameters()]))
     assert torch.equal(*weights)
+
+
+def test_a_task_without_a_support_set_is_warped_too() -> None:
+    """Mini-batches of all classes, from which a classifier is pretrained, have none."""
+    some = episode(3)
+    nothing = Episode(some.support_images[:, :0], some.support_labels[:, :0], some.query_images, some.query_labels, 3)
+    after = warp(nothing)
+    assert after.support_images.shape == (2, 0, 1, 28, 28) and not after.query_images.equal(some.query_images)

@@ -34,6 +34,8 @@ def warp(episode: Episode) -> Episode:
 
 def _warped(images: Float[Tensor, "task image c h w"]) -> Float[Tensor, "task image c h w"]:
     flat = images.flatten(0, 1)
+    if not len(flat):  # mini-batches have no support set, and PyTorch no grid for nothing
+        return images
     uniform = 2 * torch.rand(6, len(flat)) - 1
     angle, x, y = _TURN * uniform[0], 1 + _STRETCH * uniform[1], 1 + _STRETCH * uniform[2]
     across = torch.stack([x * angle.cos(), -y * angle.sin() + _SHEAR * uniform[3], _SHIFT * uniform[4]], dim=1)
