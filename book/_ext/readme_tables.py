@@ -17,6 +17,7 @@ from metatutor.runs import read_evaluations, run_folders, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
+FAILURES = {"installs": "does not install", "imports": "cannot be imported", "works": "fails"}
 
 
 def summary_table(results: Path) -> str:
@@ -30,12 +31,19 @@ def runs_table(results: Path) -> str:
     rows = []
     for folder in run_folders(results):
         about = read_evaluations(folder)
-        trained = f"{about['train_seconds'] / 60:.0f} min, {about['device']}" if about["train_seconds"] else "–"
+        elsewhere = about["device"].removeprefix("cpu, ").removeprefix("1 thread")
+        trained = ", ".join(filter(None, (f"{about['train_seconds'] / 60:.0f} min", elsewhere)))
+        about_training = (trained if about["train_seconds"] else "–", f"{about['parameters']:,}")
         for record in about["evaluations"]:
             found = Evaluation.from_record(record)
-            rows.append((f"`{record['name']}`", task_of(found), str(found), trained, f"{about['parameters']:,}"))
-            trained = "as above"
+            rows.append((f"`{record['name']}`", task_of(found), _accuracy(found), *about_training))
+            about_training = ("as above", "")
     return tabulate(rows, ("evaluation", "task", "accuracy", "trained", "parameters"), "github", disable_numparse=True)
+
+
+def _accuracy(found: Evaluation) -> str:
+    """As it is printed, but without the intervals of a stream's instances, for which a page is too narrow."""
+    return re.sub(r" ± [\d.]+%(?=,|$)", "", str(found)) + "%" if "," in str(found) else str(found)
 
 
 def benchmark_table(results: Path) -> str:
@@ -62,14 +70,13 @@ def tools_table(results: Path) -> str:
     measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     rows, troubles = [], []
     for tool in measured:
-        answers = ["yes" if tool[step] else "no" for step in STEPS]
-        answers = [answer if "no" not in answers[:place] else "–" for place, answer in enumerate(answers)]
+        works = next((FAILURES[step] for step in STEPS if not tool[step]), "works")
         newer = f" (newest: {tool['newest']})" if tool["newest"] != tool["version"] else ""
         month = (tool["released"] or "–")[:7].replace("-", "\N{NON-BREAKING HYPHEN}")
-        rows.append((f"`{tool['package']}`", *answers, f"{tool['version']}{newer}", month))
+        rows.append((f"`{tool['package']}`", works, f"{tool['version']}{newer}", month))
         if tool["error"]:
             troubles.append(f"- `{tool['package']}`: `{tool['error'].replace('`', chr(39))}`")
-    table = tabulate(rows, ("package", *STEPS, "version", "released"), "github", disable_numparse=True)
+    table = tabulate(rows, ("package", "today", "version", "released"), "github", disable_numparse=True)
     said = {(tool["date"], tool["python"], tool["torch"]) for tool in measured}
     told = "; ".join(f"{date}: Python {python}, PyTorch {torch}" for date, python, torch in sorted(said))
     return "\n\n".join(

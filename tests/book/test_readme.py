@@ -84,11 +84,11 @@ def test_a_row_tells_task_accuracy_and_training_and_the_next_whose_weights_it_ha
         [
             "`mann-5w-stream`",
             "5-way stream, 3 images a class",
-            "1st 25.0 ± 0.6%, 2nd 89.6 ± 0.3%, 3rd 96.3 ± 0.2%",
-            "10 min, cpu, 1 thread",
+            "1st 25.0, 2nd 89.6, 3rd 96.3%",
+            "10 min",
             "1,234",
         ],
-        ["`mann-5w1s`", "5-way 1-shot", "90.0 ± 1.0%", "as above", "1,234"],
+        ["`mann-5w1s`", "5-way 1-shot", "90.0 ± 1.0%", "as above", ""],
     ]
 
 
@@ -108,9 +108,7 @@ def test_a_row_tells_how_far_a_library_came(tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies/tools.json").write_text(json.dumps({"rows": [shared | tool for tool in found]}))
     table = tools_table(tmp_path)
-    assert re.findall(r"\| (\w+|–) +\| (\w+|–) +\| (\w+|–) +\| 1.0 \(newest: 1.1\) \| 2020", table) == [
-        ("yes", "yes", "yes"),
-        ("yes", "no", "–"),
-    ]
+    found = re.findall(r"\| `(\w)` +\| ([\w ]+?) +\| 1.0 \(newest: 1.1\) \| 2020", table)
+    assert found == [("a", "works"), ("b", "cannot be imported")]
     assert "Measured on 2026-11-26: Python 3.11.7, PyTorch 2.14.1." in table
     assert "- `b`: `ImportError: no 'b'`" in table
