@@ -58,15 +58,15 @@ def test_chunks_of_the_outer_loop_are_measured(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [3]
 
 
-@pytest.mark.parametrize("benchmark", [maml_step, mann_stream, threads])
-def test_unknown_names(benchmark: ModuleType) -> None:
+@pytest.mark.parametrize("script", [maml_step, mann_stream, threads])
+def test_unknown_names(script: ModuleType) -> None:
     for config, message in (
-        (benchmark.Config(peers=("nobody",)), "no such peer: nobody"),
-        (benchmark.Config(variants=("faster",)), "no such variant: faster"),
-        (benchmark.Config(settings=("wide-1q-1s",)), "no such setting: wide-1q-1s"),
+        (script.Config(peers=("nobody",)), "no such peer: nobody"),
+        (script.Config(variants=("faster",)), "no such variant: faster"),
+        (script.Config(settings=("wide-1q-1s",)), "no such setting: wide-1q-1s"),
     ):
         with pytest.raises(SystemExit, match=message):
-            benchmark.main(config)
+            script.main(config)
 
 
 # --- the stream ----------------------------------------------------------------------------------------------------
