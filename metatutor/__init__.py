@@ -8,6 +8,7 @@ from metatutor.allocator import let_threads_sleep
 if TYPE_CHECKING:
     from metatutor.backbones import MLP, ConvNet, Pixels, backbone
     from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
+    from metatutor.classify import FewShotClassifier
     from metatutor.data import Omniglot, Splits, Strokes
     from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
     from metatutor.evaluation import Evaluation, evaluate
@@ -34,6 +35,7 @@ __all__ = [
     "EpisodeSpec",
     "Evaluation",
     "FeedForward",
+    "FewShotClassifier",
     "ImplicitMAML",
     "Learner",
     "Matching",
@@ -70,6 +72,7 @@ _HOMES = (
     "baselines",
     "evaluation",
     "training",
+    "classify",
 )
 
 

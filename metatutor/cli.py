@@ -22,6 +22,8 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have them: 128 and the number o
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake ends it with one line and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names of files and classes that the terminal has no letters for
     try:
         try:
             _run(given)

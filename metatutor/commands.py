@@ -14,15 +14,20 @@ from tabulate import tabulate
 from tyro.conf import arg
 
 from metatutor import runs as recorded
+from metatutor.classify import FewShotClassifier
 from metatutor.comparison import compared
 from metatutor.config import RunConfig, TestConfig, load_config, parse_test
 from metatutor.data import omniglot
 from metatutor.evaluation import Evaluation
+from metatutor.files import one_line
+from metatutor.folders import answer, check_apart, learned
+from metatutor.report import Report, table
 
 Data = Annotated[Path | None, arg(metavar="DIR", help="of Omniglot; default: METATUTOR_DATA, else your cache folder")]
 Device = Annotated[str | None, arg(help="such as cpu or cuda:1; default: a GPU if there is one, but cpu to evaluate")]
 Runs = Annotated[Path, arg(help="the folder of your runs; this one's files go to a folder of its name there")]
 RunName = Annotated[str, tyro.conf.Positional, arg(metavar="RUN")]
+_WIDEST = 15  # classes of a confusion matrix on a terminal
 app = tyro.extras.SubcommandApp()
 
 
@@ -130,6 +135,63 @@ def reproduce(
         target.mkdir(exist_ok=True)
         for file in filter(Path.exists, (folder / name for name in recorded.FILES)):
             shutil.copy2(file, target / file.name)
+
+
+@command
+def classify(
+    pictures: Annotated[tuple[Path, ...], tyro.conf.Positional, arg(metavar="[SUPPORT] [QUERY]")],
+    head: Annotated[str, arg(metavar="auto|ridge|gaussians|prototypes|RUN")] = "auto",
+    backbone: Annotated[str, arg(metavar="auto|omniglot|photos|torchvision:NAME")] = "auto",
+    weights: Path | None = None,
+    support: Path | None = None,
+    save: Path | None = None,
+    csv: Path | None = None,
+    json: Path | None = None,
+    report: Path | None = None,
+) -> None:
+    """Learn the classes of a folder from a few pictures of each, check them, and name other pictures.
+
+    Args:
+        pictures: SUPPORT, a folder that has a folder of pictures for each class, unless --support is given; and QUERY,
+            a folder of pictures, one picture or, to be judged, a folder of class folders. Without QUERY the support set
+            is only checked.
+        head: what is fitted to the embeddings; or a recorded run whose learner takes any number of ways.
+        backbone: the network that embeds; auto looks at the pictures.
+        weights: of the backbone, in a file: safetensors, or a state dict of PyTorch.
+        support: what --save wrote, in place of SUPPORT.
+        save: a file for what was fitted.
+        csv: a file for the answers, one line a picture.
+        json: a file for all that was found out.
+        report: a file for a page with the pictures, the most doubtful first, each beside the nearest support pictures.
+    """
+    if not 1 <= len(pictures) <= (2 if support is None else 1):
+        raise ValueError("expected SUPPORT and QUERY, or --support FILE and QUERY")
+    if support is not None:
+        classifier = FewShotClassifier.load(support, weights=weights)
+        found = Report(classifier, warnings=list(classifier.warnings_))
+    else:
+        if pictures[1:]:
+            check_apart(*pictures)
+        found = learned(pictures[0], head, backbone, weights)
+    print(*found.support_lines(), *_remarks(found), sep="\n")
+    if save is not None:
+        found.classifier.save(save)
+    if support is None and not pictures[1:]:
+        return
+    told = len(found.skipped), len(found.warnings)
+    answer(found, pictures[-1], keep=report is not None)
+    print(*_remarks(found, *told), tabulate(table(found.rows), tablefmt="plain"), *found.query_lines(), sep="\n")
+    if found.judged and len(found.names) <= _WIDEST:
+        print(tabulate(found.confusion_rows(), headers="firstrow", tablefmt="plain"))
+    for path, write in ((csv, found.write_csv), (json, found.write_json), (report, found.write_html)):
+        if path is not None:
+            write(path)
+
+
+def _remarks(found: Report, skipped: int = 0, warnings: int = 0) -> list[str]:
+    """Lines on what was left out and what to beware of, but for the first ones."""
+    lines = [f"left out: {path}: {reason}" for path, reason in list(found.skipped.items())[skipped:]]
+    return [one_line(line) for line in (*lines, *(f"warning: {text}" for text in found.warnings[warnings:]))]
 
 
 @command

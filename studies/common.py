@@ -47,7 +47,7 @@ def pictures(folder: Path | None, omniglot: Path | None) -> dict[str, ClassImage
     }
     if folder is not None:
         kinds |= {
-            "oracle-bone characters": _oracle(folder / "oracle"),
+            "oracle-bone characters": oracle(folder / "oracle"),
             "leaves": _of_zip(folder / "leaves" / "leaves.zip"),
             "hand signs": _of_zip(folder / "handsigns" / "handsigns.zip"),
             "grocery photos": _of_zip(folder / "grocery" / "grocery.zip"),
@@ -68,7 +68,7 @@ def _of_zip(path: Path) -> ClassImages:
     return from_dataset((255 - image if bright else image, label) for image, label in pairs)
 
 
-def _oracle(folder: Path) -> ClassImages:
+def oracle(folder: Path) -> ClassImages:
     """The first forty images of each class, from the file format of MNIST."""
     images, labels = (
         np.frombuffer(gzip.decompress((folder / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8, offset=offset)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metatutor.data.pictures import PictureFiles, picture_of
 from metatutor.episodes import ClassImages, Episode
 
 
@@ -49,19 +50,14 @@ def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 2
 
 
 def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) -> ClassImages:
-    """Classes of image files, each sub-folder of `folder` a class named after it; resized as in `from_dataset`."""
-    from PIL import Image
+    """Classes of image files, each sub-folder of `folder` a class named after it; resized as in `from_dataset`.
 
-    files = sorted(path for path in Path(folder).expanduser().glob("*/*") if path.is_file() and path.name[0] != ".")
+    Any file that Pillow opens will do (see `decoded`); a ValueError names the first that it does not.
+    """
+    files = [(path, name) for path, name in PictureFiles.of(folder).files if name is not None and path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no images; put those of each class into a folder of its own there")
-    pairs = []
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                pairs.append((image.convert("RGB" if channels == 3 else "L"), path.parent.name))
-        except OSError as error:
-            raise ValueError(f"cannot read {path} as an image ({error}); remove it or convert it") from None
+    pairs = ((picture_of(path), name) for path, name in files)
     return from_dataset(pairs, image_size=image_size, channels=channels)
 
 

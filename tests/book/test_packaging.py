@@ -79,7 +79,7 @@ def test_no_dependency_of_the_package_is_capped() -> None:
 
 def test_the_tested_set_pins_every_direct_dependency() -> None:
     extras = PROJECT["optional-dependencies"]
-    tested = [*PROJECT["dependencies"], *extras["chapters"], *extras["book"], *extras["dev"]]
+    tested = [*PROJECT["dependencies"], *extras["photos"], *extras["chapters"], *extras["book"], *extras["dev"]]
     direct = {distribution(line) for line in tested}
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
