@@ -4,6 +4,7 @@ Each function returns a figure that a notebook shows by naming it, as crisp SVG,
 size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
 """
 
+from metatutor.book.figures.alphabet import drawn_alphabet
 from metatutor.book.figures.compare import cost, differences, places
 from metatutor.book.figures.concepts import families
 from metatutor.book.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
@@ -33,6 +34,7 @@ __all__ = [
     "confusions",
     "cost",
     "differences",
+    "drawn_alphabet",
     "embedding",
     "families",
     "fast_weights",
