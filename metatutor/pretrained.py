@@ -168,11 +168,23 @@ def _omniglot(weights: Path | str | None) -> PictureNetwork:
     return PictureNetwork("omniglot", drawn, network.eval().embed, 28, 64, True)
 
 
-def _photos(weights: Path | str | None) -> PictureNetwork:
+def photo_network(weights: Path | str | None = None) -> EfficientNetLite0:
+    """The network for photos, in evaluation mode, its batch normalisation folded into the convolutions.
+
+    Args:
+        weights: a file of other weights than those of the extra `metatutor[photos]`.
+
+    Raises:
+        ValueError: if the weights are missing or do not fit.
+    """
     network = EfficientNetLite0()
     source = _photo_weights() if weights is None else weights
     _fill(network, {re.sub(r"(^|\.)_", r"\1", n): t for n, t in read_weights(source).items()}, source)
-    network = fused(network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return fused(network).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def _photos(weights: Path | str | None) -> PictureNetwork:
+    network = photo_network(weights)
     return PictureNetwork("photos", _photo, lambda images: pooled(network, images))
 
 

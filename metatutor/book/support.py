@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 from metatutor.data import DownloadError, Omniglot, Splits, Strokes
+
+_unpacked: list[TemporaryDirectory[str]] = []  # gone when Python ends
 
 
 def load_characters(root: Path | str | None = None, *, rotations: bool = True) -> tuple[str, Splits]:
@@ -37,6 +41,28 @@ def load_characters(root: Path | str | None = None, *, rotations: bool = True) -
     n, drawings = characters.images.shape[:2]
     print(f"{name}: {n} characters, {drawings} drawings of each; split {splits.id}.{why}")
     return name, splits
+
+
+def sample_pictures(name: Literal["grocery", "bloodcells"]) -> Path:
+    """A folder, until Python ends, of pictures that come with the package, their licence and where they are from.
+
+    `grocery`: eight kinds of fruit, ten photos of each to learn from (`support/`) and ten to name (`query/`), and ten
+    photos of each of four other things (`other/`). `bloodcells`: sixty pictures of each of three kinds of cells.
+
+    Raises:
+        ValueError: if there are no such pictures.
+
+    Example:
+        >>> sorted(path.name for path in sample_pictures("bloodcells").iterdir())
+        ['LICENSE', 'Platelets', 'RBC', 'SOURCES.txt', 'WBC']
+    """
+    archive = Path(__file__).parent / "pictures" / f"{name}.zip"
+    if not archive.exists():
+        raise ValueError(f"there are no pictures {name!r}; choose 'grocery' or 'bloodcells'")
+    _unpacked.append(TemporaryDirectory(prefix=f"metatutor-{name}-"))
+    with zipfile.ZipFile(archive) as pictures:
+        pictures.extractall(_unpacked[-1].name)
+    return Path(_unpacked[-1].name)
 
 
 def preset() -> Literal["fast", "full"]:

@@ -116,10 +116,12 @@ def test_the_recorded_runs_come_with_the_installation(checkout: Path) -> None:
     installed = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"metatutor/results/omniglot-test-5w1s/{name}" for name in RUN}
     expected |= {f"metatutor/results/{name}" for name in ("published.json", "published_streams.json")}
-    expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatutor").rglob("*.html")}
+    for kind in ("html", "zip"):
+        expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatutor").rglob(f"*.{kind}")}
     assert expected | {"metatutor/episodes.py", "metatutor/py.typed"} <= installed
     parts = {name for name in installed if name.startswith("metatutor/")}
-    assert {Path(name).suffix for name in parts} == {".py", ".typed", ".html", ".json", ".csv", ".safetensors"}
+    kinds = {".py", ".typed", ".html", ".json", ".csv", ".safetensors", ".zip"}
+    assert {Path(name).suffix for name in parts} == kinds
     assert {name.split("/")[0] for name in installed - parts} == {f"metatutor-{PROJECT['version']}.dist-info"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metatutor.book.support import load_characters, preset
+from metatutor.book.support import load_characters, preset, sample_pictures
 from metatutor.data import DownloadError, Omniglot, Strokes
 
 NAMES = tuple(f"alphabet{i // 35}/character{i % 35}" for i in range(1623))
@@ -62,3 +62,13 @@ def test_there_is_no_third_preset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METATUTOR_PRESET", "Full")
     with pytest.raises(ValueError, match="METATUTOR_PRESET must be fast or full, got 'Full'"):
         preset()
+
+
+def test_pictures_come_with_their_licence_and_in_folders_of_classes(unchecked_types: None) -> None:
+    folder = sample_pictures("grocery")
+    parts = ("support", "query", "other")
+    counts = {part: [len(list(of.iterdir())) for of in (folder / part).iterdir()] for part in parts}
+    assert counts == {"support": [10] * 8, "query": [10] * 8, "other": [10] * 4}
+    assert "MIT" in (folder / "LICENSE").read_text() and "Klasson" in (folder / "SOURCES.txt").read_text()
+    with pytest.raises(ValueError, match="no pictures 'cars'; choose"):
+        sample_pictures("cars")  # pyright: ignore[reportArgumentType]
