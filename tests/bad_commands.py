@@ -58,6 +58,11 @@ WRONG_EVALUATIONS = [
     *(("--test.k-shot", value) for value in ("0", "50", "x")),
     *(("--test.learner", value) for value in ("steps", "")),
 ]
+CLASSIFY = [
+    *([], ["nowhere"], ["."], ["x" * 300], ["a", "b", "c"], ["file"], ["/dev/null"], ["a\x00b"], [".", "."], ["~nobody"]),
+    *(["--support", path, "."] for path in ("nowhere", "file", ".", "/dev/null")),
+    *([".", option, value] for option, value in (("--head", "tail"), ("--backbone", "vgg"), ("--backbone", ""))),
+]
 DATA = [["data", command, "--data"] for command in ("info", "verify")]
 
 
@@ -89,6 +94,7 @@ def bad_commands(folder: Path, seed: int = 0) -> Iterator[BadCommand]:
         yield BadCommand("no name", [GOOD[command][0], name, *GOOD[command][2:]])
     yield from (BadCommand("wrong value", _given(TRAIN, option, value)) for option, value in WRONG)
     yield from (BadCommand("wrong value", _given(GOOD[1], option, value)) for option, value in WRONG_EVALUATIONS)
+    yield from (BadCommand("classify", ["classify", *words]) for words in CLASSIFY)
     yield BadCommand("twice", [*TRAIN, "--device", "cpu"])
     yield from (BadCommand("wrong file", arguments) for arguments in _with_bad_files(folder, draw))
     for words in (["nonsense"], ["train"], ["data"], ["data", "nonsense"], [], [""], ["-"], ["💥"], ["runs", "x"]):
