@@ -1,0 +1,1 @@
+"""Where else learning from little helps: people's tastes, actions, pictures."""
