@@ -52,9 +52,7 @@ class Ratings:
     def __post_init__(self) -> None:
         known = self.values[~self.values.isnan()]
         if self.values.dim() != 2 or not known.numel():
-            raise ValueError(
-                f"expected ratings [user, item], at least one of them known, got {list(self.values.shape)}"
-            )
+            raise ValueError(f"expected ratings [user, item], at least one known, got {list(self.values.shape)}")
         if not known.isfinite().all():
             raise ValueError("a rating is infinite; unknown ratings are NaN")
         if self.scale is not None and not self.scale[0] <= known.min() <= known.max() <= self.scale[1]:
