@@ -1,0 +1,174 @@
+"""Bandits: arms that pay or do not, with chances that must be found out; and the strategies of the textbooks.
+
+Many bandits are played side by side: every array begins with `[bandit]`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+Chances = Float[Tensor, "bandit arm"]
+Counts = Float[Tensor, "bandit arm"]
+Strategy = Callable[[Counts, Counts, int, torch.Generator], Int64[Tensor, " bandit"]]
+
+
+@dataclass(frozen=True)
+class Bandits:
+    """Bandits whose arms pay 1 with chances that are uniform from 0 to 1, and else 0.
+
+    Args:
+        n_arms: arms of each.
+
+    Raises:
+        ValueError: if there are fewer than two arms.
+
+    Reference:
+        Duan et al. (2016), RL², section 3.1.
+    """
+
+    n_arms: int = 5
+
+    def __post_init__(self) -> None:
+        if self.n_arms < 2:
+            raise ValueError(f"a bandit has at least 2 arms, got {self.n_arms}")
+
+    def sample(self, n: int, *, seed: int = 0) -> Chances:
+        """The chances of new bandits."""
+        if n < 1:
+            raise ValueError(f"the number of bandits must be positive, got {n}")
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(n, self.n_arms, generator=generator, dtype=torch.float64)
+
+
+def pull(chances: Chances, arms: Int64[Tensor, " bandit"], generator: torch.Generator) -> Float[Tensor, " bandit"]:
+    """What the chosen arms pay, 0 or 1.
+
+    Raises:
+        ValueError: if an arm is not there, or not every bandit has one.
+    """
+    n_bandits, n_arms = chances.shape
+    if arms.shape != (n_bandits,) or int(arms.min()) < 0 or int(arms.max()) >= n_arms:
+        raise ValueError(
+            f"expected an arm from 0 to {n_arms - 1} for each of {n_bandits} bandits, got {arms.tolist()[:9]}"
+        )
+    drawn = torch.rand(n_bandits, generator=generator, dtype=chances.dtype)
+    return (drawn < chances.gather(1, arms[:, None])[:, 0]).to(chances.dtype)
+
+
+def play(strategy: Strategy, chances: Chances, horizon: int, *, seed: int = 0) -> Float[Tensor, "bandit pull"]:
+    """What a strategy earns, pull by pull.
+
+    Args:
+        strategy: maps how often each arm paid, how often it did not, how many pulls are left, and random numbers to arms.
+        chances: of the bandits.
+        horizon: pulls.
+        seed: of strategy and arms.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    paid, not_paid, earned = torch.zeros_like(chances), torch.zeros_like(chances), []
+    for left in range(horizon, 0, -1):
+        arms = strategy(paid, not_paid, left, generator)
+        earned.append(pull(chances, arms, generator))
+        paid.scatter_add_(1, arms[:, None], earned[-1][:, None])
+        not_paid.scatter_add_(1, arms[:, None], 1 - earned[-1][:, None])
+    return torch.stack(earned, dim=1)
+
+
+# --- strategies ---
+
+
+def at_random(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """Any arm."""
+    return torch.randint(paid.shape[1], (len(paid),), generator=generator)
+
+
+def greedy(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """The arm with the greatest expected chance, all chances being equally likely beforehand."""
+    return _largest((paid + 1) / (paid + not_paid + 2), generator)
+
+
+def thompson(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """The best arm of a bandit that might be the true one: a draw from what is still possible.
+
+    Reference:
+        Thompson (1933), On the likelihood that one unknown probability exceeds another.
+    """
+    return _beta(paid + 1, not_paid + 1, generator).argmax(1)
+
+
+def ucb1(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """Every arm once, then the one with the greatest `mean + width * sqrt(2 log t / n)`.
+
+    The width is 0.2, which was chosen for horizons around 100; 1 is the paper's, for which its bound holds.
+
+    Reference:
+        Auer, Cesa-Bianchi & Fischer (2002), Finite-time analysis of the multiarmed bandit problem, figure 1.
+    """
+    counts = paid + not_paid
+    bonus = 0.2 * (2 * counts.sum(1, keepdim=True).clamp(min=1).log() / counts.clamp(min=1)).sqrt()
+    return _largest(torch.where(counts == 0, math.inf, paid / counts.clamp(min=1) + bonus), generator)
+
+
+def gittins(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """The arm with the greatest Gittins index: the sure payment that it is worth as much as, for a discount of 1 - 1 / left.
+
+    Optimal for infinitely many pulls under that discount; nearly so for as many as are left.
+
+    Reference:
+        Gittins (1979), Bandit processes and dynamic allocation indices.
+    """
+    discount = 1 - 1 / max(left, 2)
+    rounded = max(d for d in _DISCOUNTS if d <= discount + 1e-9)
+    table, (a, b) = gittins_indices(rounded), (paid.long(), not_paid.long())
+    last = len(table) - 1
+    return _largest(table[a.clamp(max=last), b.clamp(max=last)], generator)
+
+
+_DISCOUNTS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+
+
+@cache
+def gittins_indices(discount: float, longest: int = 110) -> Float[Tensor, "paid not_paid"]:
+    """The index of an arm that has paid so often, and so often not, by bisection in the sure payment.
+
+    With `s` sure a pull for ever, an arm is worth playing while `max(s / (1 - d), p + d E[value])` is the second.
+    """
+    n = longest + 1
+    paid, not_paid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64),) * 2, indexing="ij")
+    mean = (paid + 1) / (paid + not_paid + 2)
+    sure = torch.linspace(0, 1, 401, dtype=torch.float64)  # all payments at once
+    stop = sure / (1 - discount)
+    value = torch.maximum(stop, mean[..., None] / (1 - discount))  # beyond the table, the mean is the chance
+    indices = mean.clone()
+    for total in range(2 * longest - 1, -1, -1):
+        a = torch.arange(max(0, total - longest), min(total, longest) + 1)
+        b = total - a
+        inside = (a < longest) & (b < longest)
+        a, b = a[inside], b[inside]
+        if not len(a):
+            continue
+        p = mean[a, b][:, None]
+        go_on = p + discount * (p * value[a + 1, b] + (1 - p) * value[a, b + 1])
+        p_or_stop = torch.maximum(stop, go_on)
+        value[a, b] = p_or_stop
+        indices[a, b] = sure[(go_on > stop).sum(1).clamp(max=400)]
+    return indices
+
+
+def _largest(values: Counts, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
+    """The arm of the largest value; of equal ones any."""
+    drawn = torch.rand(values.shape, generator=generator, dtype=values.dtype)
+    return drawn.masked_fill(values < values.amax(1, keepdim=True), -1).argmax(1)
+
+
+def _beta(a: Counts, b: Counts, generator: torch.Generator) -> Chances:
+    """Draws of beta distributions, by the gamma distributions that make them, from a generator."""
+    x, y = (torch._standard_gamma(shape, generator=generator) for shape in (a, b))
+    return x / (x + y)
