@@ -22,7 +22,7 @@ from metatutor.applications.policy_gradient import (
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.training import TrainConfig, train
 
-# --- two arms, pulled with the chances sigmoid(t) and 1 - sigmoid(t): the value is known, and so are its derivatives ---
+# --- two arms, pulled with the chances 1 - sigmoid(t) and sigmoid(t): the value and its derivatives are known ---
 
 PAYS = torch.tensor([1.0, 3.5], dtype=torch.float64)
 
@@ -34,9 +34,7 @@ def value(t: Tensor) -> Tensor:
 def derivatives_of_expectation(t: Tensor, estimator: Estimator) -> tuple[Tensor, Tensor]:
     """First and second derivative of the surrogate, in expectation over the arms that would be pulled."""
     log_probabilities = torch.stack([(-t).sigmoid().log(), t.sigmoid().log()])
-    each = torch.stack(
-        [surrogate(log[None, None], pay[None, None], estimator) for log, pay in zip(log_probabilities, PAYS)]
-    )
+    each = surrogate(log_probabilities[:, None, None], PAYS[:, None, None], estimator)
     expected = (log_probabilities.exp().detach() * each).sum()
     [first] = torch.autograd.grad(expected, t, create_graph=True)
     [second] = torch.autograd.grad(first, t, create_graph=True)

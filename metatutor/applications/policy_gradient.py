@@ -32,8 +32,8 @@ def surrogate(
 
     With `⊥` for what is held constant, and `l` the log-probabilities of the actions taken:
 
-    - `"likelihood-ratio"`: the mean of `exp(l - ⊥l) A`, right in its first two derivatives as far as an action acts on its
-      own advantage (the low-variance-curvature estimator).
+    - `"likelihood-ratio"`: the mean of `exp(l - ⊥l) A`, right in its first two derivatives as far as an action acts on
+      its own advantage (the low-variance-curvature estimator).
     - `"dice"`: the mean of `exp(c - ⊥c) A`, `c` the sum of `l` up to now, right in all derivatives, and noisier.
     - `"log-probability"`: the mean of `l A`, right in its first derivative only. Its second lacks the expectation of
       `∇l ∇lᵀ A`: here for comparison.
