@@ -66,7 +66,7 @@ def play(strategy: Strategy, chances: Chances, horizon: int, *, seed: int = 0) -
     """What a strategy earns, pull by pull.
 
     Args:
-        strategy: maps how often each arm paid and how often it did not, how many pulls are left, and a generator to arms.
+        strategy: maps how often each arm paid and did not, how many pulls are left, and a generator to arms.
         chances: of the bandits.
         horizon: pulls.
         seed: of strategy and arms.
@@ -119,7 +119,7 @@ def ucb1(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) 
 def gittins(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
     """The arm with the greatest Gittins index: the sure payment a pull that it is worth as much as.
 
-    Optimal for infinitely many pulls, each counting `1 - 1 / left` of the one before; nearly so for as many as are left.
+    Optimal for infinitely many pulls, each counting `1 - 1 / left` of the one before; nearly so for those left.
 
     Reference:
         Gittins (1979), Bandit processes and dynamic allocation indices.
