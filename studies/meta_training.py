@@ -4,7 +4,7 @@
 
 Classes are parted at random into two thirds to train on and one third for the tasks, three times. Photos: an
 EfficientNet-Lite0 as it comes, with a linear map that is meta-trained on its embeddings, and meta-trained whole.
-Leaves: a Conv-4 with its weights from Omniglot, meta-trained on leaves, from either beginning; and the network for photos.
+Leaves: a Conv-4 with its weights from Omniglot, meta-trained on leaves from either beginning; the network for photos.
 """
 
 from __future__ import annotations
