@@ -26,6 +26,8 @@ from metatutor.data import Omniglot
 from metatutor.evaluation import evaluate
 from metatutor.runs import load_learner, read_evaluations, run_folders
 
+FEWEST = 60  # tasks of an evaluation
+
 
 def right_answers(folder: Path, config: RunConfig, test: TestConfig, splits: Any, n_episodes: int) -> list[int]:
     """How many query images of each task are answered rightly."""
@@ -36,19 +38,17 @@ def right_answers(folder: Path, config: RunConfig, test: TestConfig, splits: Any
 
 
 @torch.no_grad()
-def milliseconds_a_task(learner: Any, sampler: Any, tasks: int, rounds: int = 5) -> float:
+def milliseconds_a_task(learner: Any, sampler: Any, tasks: int, rounds: int) -> float:
     """The median time for a task, in parts of so many side by side, on one thread."""
-    episodes = [sampler.sample(tasks) for _ in range(rounds + 1)]
-    learner(episodes.pop())
     times = []
-    for episode in episodes:
+    for episode in [sampler.sample(tasks) for _ in range(rounds)]:
         start = time.perf_counter()
         learner(episode)
         times.append((time.perf_counter() - start) / tasks)
     return 1000 * statistics.median(times)
 
 
-def rows_of(folder: Path, data: Path | None, n_episodes: int) -> list[dict[str, Any]]:
+def rows_of(folder: Path, data: Path | None, n_episodes: int, seconds: float) -> list[dict[str, Any]]:
     """One row an evaluation of a run."""
     config, about = load_config(folder), read_evaluations(folder)
     if not isinstance(config.data, DataConfig) or config.data.source != "omniglot":
@@ -61,36 +61,41 @@ def rows_of(folder: Path, data: Path | None, n_episodes: int) -> list[dict[str, 
             continue
         learner = load_learner(folder, config.tested(test))
         sampler = getattr(splits, test.split).sampler(config.test_spec(test), seed=1)
+        alone = milliseconds_a_task(learner, sampler, 1, rounds=7)
+        n_tasks = max(FEWEST, min(n_episodes, round(1000 * seconds / alone)))
         row = {
             "name": test.name,
             "n_way": record["n_way"],
             "k_shot": record["k_shot"],
             "n_query": record["n_query"],
-            "right": right_answers(folder, config, test, splits, n_episodes),
-            "ms_alone": milliseconds_a_task(learner, sampler, 1),
+            "right": right_answers(folder, config, test, splits, n_tasks),
+            "ms_alone": alone,
             "ms_of_32": milliseconds_a_task(learner, sampler, 32, rounds=1),
         }
         if learner.normalization == "batch":
             by_support = replace(test, network=test.network | {"normalization": "support"})
             one_each = replace(test, n_query=1)
-            row["right_by_support"] = right_answers(folder, config, by_support, splits, n_episodes)
-            row["right_one_each"] = right_answers(folder, config, one_each, splits, n_episodes)
+            row["right_by_support"] = right_answers(folder, config, by_support, splits, n_tasks)
+            row["right_one_each"] = right_answers(folder, config, one_each, splits, n_tasks)
         rows.append(row)
         print(test.name, f"{sum(row['right']) / len(row['right']):.1f}", f"{row['ms_alone']:.0f} ms", flush=True)
     return rows
 
 
-def main(data: Path | None = None, n_episodes: int = 400) -> None:
+def main(data: Path | None = None, n_episodes: int = 400, seconds: float = 10.0) -> None:
     """Evaluate every recorded run, and write `results/studies/comparison.json`.
 
     Args:
         data: where Omniglot lies.
-        n_episodes: tasks of each evaluation.
+        n_episodes: tasks of each evaluation; the first of them are the same whatever their number.
+        seconds: about as long an evaluation may take; slow methods get fewer tasks.
     """
     keep_freed_memory_once()
     torch.set_num_threads(1)
     Omniglot.load(data)  # or an error now
-    rows = [row for folder in run_folders() for row in rows_of(folder, data, n_episodes)]
+    rows = []
+    for folder in run_folders():
+        rows += rows_of(folder, data, n_episodes, seconds)
     write("comparison", rows)
 
 
