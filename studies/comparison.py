@@ -22,7 +22,6 @@ from common import write
 
 from metatutor.allocator import keep_freed_memory_once
 from metatutor.config import DataConfig, RunConfig, TestConfig, load_config, parse_test
-from metatutor.data import Omniglot
 from metatutor.evaluation import evaluate
 from metatutor.runs import load_learner, read_evaluations, run_folders
 
