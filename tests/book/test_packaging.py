@@ -70,8 +70,7 @@ def test_every_import_of_a_chapter_is_a_dependency() -> None:
     code = [re.sub(r"^\s*%.*", "", cell, flags=re.MULTILINE) for cell in cells if "%pip" not in cell]
     of_cells = {package for cell in code for package in sources.imported_packages(cell)}
     extras = {distribution(requirement) for requirement in PROJECT["optional-dependencies"]["chapters"]}
-    weights = {distribution(requirement) for requirement in PROJECT["optional-dependencies"]["photos"]}
-    assert extras <= foreign(of_cells) | helpers | weights <= DECLARED | extras
+    assert extras <= foreign(of_cells) | helpers <= DECLARED | extras
 
 
 def test_no_dependency_of_the_package_is_capped() -> None:
