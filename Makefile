@@ -14,7 +14,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
-STUDIES ?= lake moved tools
+STUDIES ?= comparison lake moved ways transfer classes tools
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast
@@ -93,7 +93,7 @@ benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	@for benchmark in $(BENCHMARKS); do echo "== $$benchmark"; $(BIN)/python "$$benchmark" || exit 1; done
 
-studies: $(INSTALLED) ## repeat the recorded studies; others of studies/: make studies STUDIES="comparison classes"
+studies: $(INSTALLED) ## repeat the recorded studies, which takes hours; some: make studies STUDIES="lake moved"
 	@for study in $(STUDIES); do echo "== $$study"; $(BIN)/python studies/$$study.py || exit 1; done
 
 tables: $(INSTALLED) ## fill the tables, the picture and the drawing pad of README.md and the book, from results/ and the code

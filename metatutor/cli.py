@@ -102,7 +102,3 @@ def _end(status: int, message: str = "") -> None:
         with suppress(OSError):
             print(f"metatutor: {one_line(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(status)
-
-
-if __name__ == "__main__":
-    main()

@@ -88,12 +88,16 @@ class _Block(nn.Module):
 
 
 class _SamePadding(nn.Conv2d):
-    """A convolution whose outputs are centred as in TensorFlow: of an odd number of zeros, more are at the end."""
+    """A convolution of stride 2 centred as in TensorFlow: of an odd number of zeros around a side, more are at the end.
+
+    Instead of padding a copy, even sides get zeros on both ends, and the output before the first one is left out.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel, stride = self.kernel_size[0], self.stride[0]
-        sizes = [max(kernel - (size % stride or stride), 0) for size in input.shape[:1:-1]]  # width, then height
-        return super().forward(F.pad(input, [part for size in sizes for part in (size // 2, size - size // 2)]))
+        top, left = (1 - side % 2 for side in input.shape[2:])
+        around = (self.kernel_size[0] // 2 + top, self.kernel_size[1] // 2 + left)
+        output = F.conv2d(input, self.weight, self.bias, self.stride, around, groups=self.groups)
+        return output[:, :, top:, left:]
 
 
 def _convolution(before: int, after: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

@@ -25,7 +25,6 @@ from metatutor.backbones import Embedding, backbone
 from metatutor.efficientnet import EfficientNetLite0, fused
 from metatutor.files import decoding, expanded
 from metatutor.learner import Learner
-from metatutor.runs import load_run
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -162,6 +161,8 @@ def _colours(picture: Image.Image, size: int) -> Float[Tensor, "3 size size"]:
 
 
 def _omniglot(weights: Path | str | None) -> PictureNetwork:
+    from metatutor.runs import load_run  # with it come pydantic and tyro
+
     network: Any = load_run(OMNIGLOT_RUN).learner().network  # pyright: ignore[reportAttributeAccessIssue]
     if weights is not None:
         _fill(network, {re.sub(r"^network\.", "", n): t for n, t in read_weights(weights).items()}, weights)

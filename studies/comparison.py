@@ -22,9 +22,10 @@ from common import write
 
 from metatutor.allocator import keep_freed_memory_once
 from metatutor.config import DataConfig, RunConfig, TestConfig, load_config, parse_test
-from metatutor.data import Omniglot
 from metatutor.evaluation import evaluate
 from metatutor.runs import load_learner, read_evaluations, run_folders
+
+FEWEST = 60  # tasks of an evaluation
 
 
 def right_answers(folder: Path, config: RunConfig, test: TestConfig, splits: Any, n_episodes: int) -> list[int]:
@@ -36,61 +37,63 @@ def right_answers(folder: Path, config: RunConfig, test: TestConfig, splits: Any
 
 
 @torch.no_grad()
-def milliseconds_a_task(learner: Any, sampler: Any, tasks: int, rounds: int = 5) -> float:
+def milliseconds_a_task(learner: Any, sampler: Any, tasks: int, rounds: int) -> float:
     """The median time for a task, in parts of so many side by side, on one thread."""
-    episodes = [sampler.sample(tasks) for _ in range(rounds + 1)]
-    learner(episodes.pop())
     times = []
-    for episode in episodes:
+    for episode in [sampler.sample(tasks) for _ in range(rounds)]:
         start = time.perf_counter()
         learner(episode)
         times.append((time.perf_counter() - start) / tasks)
     return 1000 * statistics.median(times)
 
 
-def rows_of(folder: Path, data: Path | None, n_episodes: int) -> list[dict[str, Any]]:
-    """One row an evaluation of a run."""
-    config, about = load_config(folder), read_evaluations(folder)
-    if not isinstance(config.data, DataConfig) or config.data.source != "omniglot":
-        return []
-    splits: Any = config.data.load(data)
-    rows = []
-    for record in about["evaluations"]:
-        test = parse_test(record)
-        if "accuracy" not in record:
-            continue
-        learner = load_learner(folder, config.tested(test))
-        sampler = getattr(splits, test.split).sampler(config.test_spec(test), seed=1)
-        row = {
-            "name": test.name,
-            "n_way": record["n_way"],
-            "k_shot": record["k_shot"],
-            "n_query": record["n_query"],
-            "right": right_answers(folder, config, test, splits, n_episodes),
-            "ms_alone": milliseconds_a_task(learner, sampler, 1),
-            "ms_of_32": milliseconds_a_task(learner, sampler, 32, rounds=1),
-        }
-        if learner.normalization == "batch":
-            by_support = replace(test, network=test.network | {"normalization": "support"})
-            one_each = replace(test, n_query=1)
-            row["right_by_support"] = right_answers(folder, config, by_support, splits, n_episodes)
-            row["right_one_each"] = right_answers(folder, config, one_each, splits, n_episodes)
-        rows.append(row)
-        print(test.name, f"{sum(row['right']) / len(row['right']):.1f}", f"{row['ms_alone']:.0f} ms", flush=True)
-    return rows
+def evaluations(data: Path | None) -> list[tuple[Path, RunConfig, TestConfig, Any]]:
+    """Every recorded evaluation of classification tasks of Omniglot: folder, configuration, test and classes."""
+    found = []
+    for folder in run_folders():
+        config = load_config(folder)
+        if isinstance(config.data, DataConfig) and config.data.source == "omniglot":
+            splits = config.data.load(data)
+            records = read_evaluations(folder)["evaluations"]
+            found += [(folder, config, parse_test(record), splits) for record in records if "accuracy" in record]
+    return found
 
 
-def main(data: Path | None = None, n_episodes: int = 400) -> None:
+def timed(folder: Path, config: RunConfig, test: TestConfig, splits: Any) -> dict[str, Any]:
+    """What an evaluation is of, and how long it takes a task."""
+    learner, spec = load_learner(folder, config.tested(test)), config.test_spec(test)
+    sampler = getattr(splits, test.split).sampler(spec, seed=1)
+    alone = milliseconds_a_task(learner, sampler, 1, rounds=7)
+    of_32 = milliseconds_a_task(learner, sampler, 32, rounds=1)
+    about = {"name": test.name, "n_way": spec.n_way, "k_shot": spec.k_shot, "n_query": spec.n_query}
+    return about | {"ms_alone": alone, "ms_of_32": of_32, "batch": learner.normalization == "batch"}
+
+
+def main(data: Path | None = None, n_episodes: int = 400, seconds: float = 25.0) -> None:
     """Evaluate every recorded run, and write `results/studies/comparison.json`.
+
+    Times come first, all in one go, so that they can be compared if the machine does nothing else for some minutes.
 
     Args:
         data: where Omniglot lies.
-        n_episodes: tasks of each evaluation.
+        n_episodes: tasks of each evaluation; the first of them are the same whatever their number.
+        seconds: about as long an evaluation may take; slow methods get fewer tasks.
     """
     keep_freed_memory_once()
     torch.set_num_threads(1)
-    Omniglot.load(data)  # or an error now
-    rows = [row for folder in run_folders() for row in rows_of(folder, data, n_episodes)]
+    every, rows = evaluations(data), []
+    for one in every:
+        rows.append(timed(*one))
+        print(rows[-1]["name"], f"{rows[-1]['ms_alone']:.0f} ms", flush=True)
+    for (folder, config, test, splits), row in zip(every, rows, strict=True):
+        n_tasks = max(FEWEST, min(n_episodes, round(1000 * seconds / row["ms_of_32"])))
+        row["right"] = right_answers(folder, config, test, splits, n_tasks)
+        if row.pop("batch"):
+            by_support = replace(test, network=test.network | {"normalization": "support"})
+            one_each = replace(test, n_query=1)
+            row["right_by_support"] = right_answers(folder, config, by_support, splits, n_tasks)
+            row["right_one_each"] = right_answers(folder, config, one_each, splits, n_tasks)
+        print(row["name"], len(row["right"]), f"{sum(row['right']) / len(row['right']):.1f}", flush=True)
     write("comparison", rows)
 
 

@@ -40,7 +40,8 @@ def parted(kind: Kind, seed: int) -> tuple[Kind, Kind]:
     parts = []
     for wanted in (True, False):
         kept = [i for i, name in enumerate(kind.classes) if (name in chosen) == wanted]
-        parts.append(Kind(*([of[i] for i in kept] for of in (kind.pictures, kind.classes, kind.parts))))
+        pictures, classes = [kind.pictures[i] for i in kept], [kind.classes[i] for i in kept]
+        parts.append(Kind(pictures, classes, [kind.parts[i] for i in kept]))
     return parts[0], parts[1]
 
 

@@ -1,6 +1,6 @@
 """Meta-learning against transfer learning: accuracy over shots, on pictures nearer to and farther from the training's.
 
-    python studies/transfer.py --pictures DIR
+    python studies/transfer.py --pictures-in DIR
 
 Recorded learners, all trained on Omniglot's meta-training characters, answer 5-way tasks of other kinds of pictures.
 Fine-tuning takes as many steps as are best on validation characters with so many shots.

@@ -319,7 +319,7 @@ def test_a_query_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path):
     support = folder_of(tmp_path / "support", 3)
-    command = [sys.executable, "-m", "metatutor.cli", "classify", str(support)]
+    command = [sys.executable, "-m", "metatutor", "classify", str(support)]
     done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}, check=True)
     assert b"circle ? 3" in done.stdout and not done.stderr
 

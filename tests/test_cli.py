@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_costs_one_line(elsewhere: Path, capsys: pytest.Cap
 
 
 def started(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "metatutor.cli", *arguments]
+    command = [sys.executable, "-m", "metatutor", *arguments]
     root = Path(runs.__file__).parents[1]
     environment = os.environ | {"PYTHONPATH": str(root)}
     streams: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options

@@ -221,3 +221,9 @@ def test_what_should_stay_must_not_move():
     torch.manual_seed(0)
     with pytest.raises(ContractError, match="^what_adapts_moves: .*but it moved"):
         check_learner(BodyMoves(network(3), adapt="head"), image_shape=(1, SIZE, SIZE))
+
+
+@pytest.mark.parametrize("seed", [4, 6])
+def test_a_kink_between_two_points_is_no_wrong_gradient(seed: int):
+    torch.manual_seed(seed)  # with these weights, a step of 1e-6 takes some ReLU from one side to the other
+    check_learner(Prototypical(metatutor.ConvNet(filters=4)))

@@ -91,8 +91,7 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(run: Run
 def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
     splits, recorded = splits_of(run.config.data), recorded_accuracy(run.name)
     waves = run.config.regression  # they cost little: all of them, so only rounding may differ
-    most = MOST_EPISODES // 2 if "reptile" in run.name else MOST_EPISODES  # it takes fifty steps a task
-    n_episodes = recorded.n_episodes if waves else episodes_for(recorded, most)
+    n_episodes = recorded.n_episodes if waves else episodes_for(recorded)
     found = evaluate_run(run.folder, replace(run.test, n_episodes=n_episodes), splits=splits)
     for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive", "metric"):
         assert getattr(found, field) == getattr(recorded, field)
@@ -102,10 +101,10 @@ def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
     assert ((again - expected).abs() < allowed * ci95).all()
 
 
-def episodes_for(recorded: Evaluation, most: int) -> int:
+def episodes_for(recorded: Evaluation) -> int:
     """As many tasks as it takes to tell a mean from one that is `SEEN` away, within reason."""
     deviation = torch.tensor(recorded.ci95).max().item() / 1.96 * recorded.n_episodes**0.5
-    return min(most, max(LEAST_EPISODES, round((4 * deviation / SEEN) ** 2)))
+    return min(MOST_EPISODES, max(LEAST_EPISODES, round((4 * deviation / SEEN) ** 2)))
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_characters_of_oracle_bones_are_forty_a_class(tmp_path: Path) -> None:
     images = np.repeat(labels, 28 * 28)
     for name, head, data in (("images-idx3", 16, images), ("labels-idx1", 8, labels)):
         (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(gzip.compress(bytes(head) + data.tobytes()))
-    found = common._oracle(tmp_path)
+    found = common.oracle(tmp_path)
     assert found.images.shape == (10, 40, 1, 28, 28) and found.images[7].unique().tolist() == [7]
 
 
