@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from metatutor.checks import check_positive
+
 Chances = Float[Tensor, "bandit arm"]
 Counts = Float[Tensor, "bandit arm"]
 Strategy = Callable[[Counts, Counts, int, torch.Generator], Int64[Tensor, " bandit"]]
@@ -21,10 +23,10 @@ Strategy = Callable[[Counts, Counts, int, torch.Generator], Int64[Tensor, " band
 
 @dataclass(frozen=True)
 class Bandits:
-    """Bandits whose arms pay 1 with chances that are uniform from 0 to 1, and else 0.
+    """Bandits whose arms pay 1 with chances that are uniform from 0 to 1, and else 0; a world for `RL2`.
 
     Args:
-        n_arms: arms of each.
+        n_actions: arms of each.
 
     Raises:
         ValueError: if there are fewer than two arms.
@@ -33,18 +35,46 @@ class Bandits:
         Duan et al. (2016), RL², section 3.1.
     """
 
-    n_arms: int = 5
+    n_actions: int = 5
 
     def __post_init__(self) -> None:
-        if self.n_arms < 2:
-            raise ValueError(f"a bandit has at least 2 arms, got {self.n_arms}")
+        if self.n_actions < 2:
+            raise ValueError(f"a bandit has at least 2 arms, got {self.n_actions}")
+
+    n_observed = 0  # nothing is seen but what is paid
+
+    @property
+    def n_numbers(self) -> int:
+        """A chance for each arm."""
+        return self.n_actions
 
     def sample(self, n: int, *, seed: int = 0) -> Chances:
         """The chances of new bandits."""
-        if n < 1:
-            raise ValueError(f"the number of bandits must be positive, got {n}")
-        generator = torch.Generator().manual_seed(seed)
-        return torch.rand(n, self.n_arms, generator=generator, dtype=torch.float64)
+        return self.draw(n, torch.Generator().manual_seed(seed))
+
+    def draw(self, n: int, generator: torch.Generator) -> Chances:
+        """The same, from a generator."""
+        check_positive(n=n)
+        return torch.rand(n, self.n_actions, generator=generator)
+
+    def begin(self, tasks: Chances) -> Float[Tensor, "bandit 0"]:
+        """A bandit has no places to be in."""
+        return tasks[:, :0]
+
+    def observed(self, now: Float[Tensor, "bandit 0"]) -> Float[Tensor, "bandit 0"]:
+        """Nothing."""
+        return now
+
+    def step(
+        self,
+        tasks: Chances,
+        now: Float[Tensor, "bandit 0"],
+        actions: Int64[Tensor, " bandit"],
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "bandit 0"], Float[Tensor, " bandit"], Float[Tensor, " bandit"]]:
+        """Pull arms."""
+        paid = pull(tasks, actions, generator)
+        return now, paid, tasks.gather(1, actions[:, None])[:, 0]
 
 
 def pull(chances: Chances, arms: Int64[Tensor, " bandit"], generator: torch.Generator) -> Float[Tensor, " bandit"]:

@@ -1,36 +1,81 @@
-"""RL²: a recurrent network that learns to learn a bandit; what it has seen is in its state, and no weight changes."""
+"""RL²: a recurrent network that learns a world by trying; what it has seen is in its state, and no weight changes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from metatutor.applications.bandits import Bandits, pull
 from metatutor.checks import check_not_negative, check_positive
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.learner import Learner
 
-
-class BanditTasks:
-    """Bandits, as `train` draws them: the label of a task's only image is the chances of its arms."""
-
-    def __init__(self, n_arms: int = 5) -> None:
-        self.bandits = Bandits(n_arms)
-
-    def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> BanditSampler:
-        """What draws bandits."""
-        return BanditSampler(self.bandits.n_arms, seed)
+Tasks = Float[Tensor, "task number"]
 
 
-class BanditSampler:
-    """Draws bandits and, as images, the numbers that chance comes from."""
+@runtime_checkable
+class World(Protocol):
+    """Tasks of one kind, many of which are played side by side: `Bandits` or `Processes`, or one of your own.
 
-    def __init__(self, n_arms: int, seed: int = 0) -> None:
-        self.n_arms, self.generator = n_arms, torch.Generator().manual_seed(seed)
+    A task is some numbers in a row, `[task, number]`; where one is in it, a tensor `[task, ...]`.
+    """
+
+    @property
+    def n_actions(self) -> int:
+        """Actions there are."""
+        ...
+
+    @property
+    def n_observed(self) -> int:
+        """Numbers one sees before each action."""
+        ...
+
+    @property
+    def n_numbers(self) -> int:
+        """Numbers that make a task."""
+        ...
+
+    def draw(self, n: int, generator: torch.Generator) -> Tasks:
+        """New tasks."""
+        ...
+
+    def begin(self, tasks: Tasks) -> Any:
+        """Where play begins."""
+        ...
+
+    def observed(self, now: Any) -> Float[Tensor, "task observed"]:
+        """What one sees where one is."""
+        ...
+
+    def step(self, tasks: Tasks, now: Any, actions: Tensor, generator: torch.Generator) -> tuple[Any, Tensor, Tensor]:
+        """Where actions lead, what they pay, and what they would have paid on average."""
+        ...
+
+
+class Trials:
+    """Tasks of a world, as `train` draws them: the label of a task's only image is its numbers.
+
+    Args:
+        world: whose tasks.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> TrialSampler:
+        """What draws tasks."""
+        return TrialSampler(self.world, seed)
+
+
+class TrialSampler:
+    """Draws tasks and, as images, the numbers that chance comes from."""
+
+    def __init__(self, world: World, seed: int = 0) -> None:
+        self.world, self.generator = world, torch.Generator().manual_seed(seed)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Where the stream of tasks is."""
@@ -41,28 +86,34 @@ class BanditSampler:
         self.generator.set_state(state["generator"])
 
     def sample(self, n_tasks: int) -> Episode:
-        """Draw the next `n_tasks` bandits: `images` `[task, 1, 1]`, `labels` `[task, 1, arm]`."""
-        drawn = torch.rand(n_tasks, 1, 1 + self.n_arms, generator=self.generator)
-        chance, chances = drawn.split([1, self.n_arms], dim=2)
-        return Episode(chance, chances, chance, chances, n_way=self.n_arms)
+        """Draw the next `n_tasks` tasks: `images` `[task, 1, 1]`, `labels` `[task, 1, number]`."""
+        chance = torch.rand(n_tasks, 1, 1, generator=self.generator)
+        numbers = self.world.draw(n_tasks, self.generator)[:, None]
+        return Episode(chance, numbers, chance, numbers, n_way=self.world.n_numbers)
 
 
 @dataclass(frozen=True)
 class Played:
-    """Bandits that were played: which arms, and what they paid, `[bandit, pull]`."""
+    """What was seen before each step, what was done, what it paid and would have on average, `[task, step, ...]`."""
 
-    arms: Int64[Tensor, "bandit pull"]
-    paid: Float[Tensor, "bandit pull"]
+    observed: Float[Tensor, "task step observed"]
+    actions: Int64[Tensor, "task step"]
+    paid: Float[Tensor, "task step"]
+    expected: Float[Tensor, "task step"]
 
 
 class RL2(Learner):
-    """A GRU that is told its last arm and what that paid, and chooses the next; trained as an actor with a critic.
+    """A GRU that is told what it sees, its last action and what that paid, and chooses the next action.
+
+    It is trained as an actor with a critic: PPO with one pass over each batch, where there is nothing yet to clip. In
+    training the task is known, though never to the actor: the critic sees it, and what an action pays on average stands
+    for what it happened to pay. Neither changes the expectation of the gradient; both make it less noisy.
 
     Args:
-        n_arms: arms of the bandits.
+        world: what it is trained in.
         hidden_size: numbers in its state.
-        horizon: pulls of a bandit in training.
-        discount: how much a later payment counts, a pull.
+        horizon: steps of a task in training.
+        discount: how much a later payment counts, a step.
         trace: of generalised advantages.
         entropy: weight of a bonus for undecided choices.
 
@@ -73,70 +124,75 @@ class RL2(Learner):
 
     def __init__(
         self,
-        n_arms: int = 5,
+        world: World,
         *,
         hidden_size: int = 64,
         horizon: int = 10,
         discount: float = 0.99,
         trace: float = 0.95,
-        entropy: float = 0.01,
+        entropy: float = 0.05,
     ) -> None:
-        check_positive(n_arms=n_arms, hidden_size=hidden_size, horizon=horizon, discount=discount)
+        check_positive(hidden_size=hidden_size, horizon=horizon, discount=discount)
         check_not_negative(trace=trace, entropy=entropy)
         super().__init__()
-        self.n_arms, self.horizon, self.discount, self.trace, self.entropy = n_arms, horizon, discount, trace, entropy
-        self.ways, self.exact_gradient = n_arms, False
-        self.memory = nn.GRU(n_arms + 2, hidden_size, batch_first=True)
-        self.actor, self.critic = nn.Linear(hidden_size, n_arms), nn.Linear(hidden_size, 1)
+        self.world, self.ways, self.exact_gradient = world, world.n_numbers, False
+        self.horizon, self.discount, self.trace, self.entropy = horizon, discount, trace, entropy
+        self.memory = nn.GRU(world.n_observed + world.n_actions + 2, hidden_size, batch_first=True)
+        self.actor = nn.Linear(hidden_size, world.n_actions)
+        judge = nn.Linear(hidden_size + world.n_numbers, hidden_size)
+        self.critic = nn.Sequential(judge, nn.Tanh(), nn.Linear(hidden_size, 1))
         nn.init.zeros_(self.actor.weight)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The actor's, the critic's and minus the entropy's part, on bandits played by the current policy."""
-        played = self.play(episode.query_labels[:, 0], self._chance(episode))
+        """The actor's, the critic's and minus the entropy's part, on tasks played by the current policy."""
+        tasks = episode.query_labels[:, 0]
+        played = self.play(tasks, self._chance(episode))
         states, _ = self.memory(self._told(played))
-        log_chances, values = self.actor(states).log_softmax(-1), self.critic(states)[..., 0]
+        known = tasks[:, None].expand(-1, states.shape[1], -1)
+        log_chances, values = self.actor(states).log_softmax(-1), self.critic(torch.cat([states, known], -1))[..., 0]
         later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-        surprise = (played.paid + self.discount * later - values).detach()
+        surprise = (played.expected + self.discount * later - values).detach()
         sums = [surprise[:, -1]]
         for now in surprise.flip(1).unbind(1)[1:]:
             sums.append(now + self.discount * self.trace * sums[-1])
         found = torch.stack(sums[::-1], dim=1)
         better = (found - found.mean()) / (found.std() + 1e-8)
-        chosen = log_chances.gather(2, played.arms[..., None])[..., 0]
+        chosen = log_chances.gather(2, played.actions[..., None])[..., 0]
         undecided = -(log_chances.exp() * log_chances).sum(-1).mean()
         critic = F.mse_loss(values, (found + values).detach())
         return -(better * chosen).mean() + 0.5 * critic - self.entropy * undecided
 
-    def forward(self, episode: Episode) -> Float[Tensor, "task query arm"]:
-        """How often each arm is pulled, a pull."""
+    def forward(self, episode: Episode) -> Float[Tensor, "task query action"]:
+        """How often each action is taken, a step."""
         played = self.play(episode.query_labels[:, 0], self._chance(episode))
-        shares = F.one_hot(played.arms, self.n_arms).float().mean(1, keepdim=True)
+        shares = F.one_hot(played.actions, self.world.n_actions).float().mean(1, keepdim=True)
         return shares.expand(-1, episode.query_images.shape[1], -1)
 
     @torch.no_grad()
-    def play(
-        self, chances: Float[Tensor, "bandit arm"], generator: torch.Generator, horizon: int | None = None
-    ) -> Played:
-        """Bandits played to the end of the horizon, side by side."""
-        state = torch.zeros(1, len(chances), self.memory.hidden_size)
-        told, arms, paid = self._first(len(chances)), [], []
+    def play(self, tasks: Tasks, generator: torch.Generator, horizon: int | None = None) -> Played:
+        """Tasks played to the end of the horizon, side by side."""
+        n, now = len(tasks), self.world.begin(tasks)
+        state, told, steps = torch.zeros(1, n, self.memory.hidden_size), self._first(n), []
         for _ in range(horizon or self.horizon):
-            seen, state = self.memory(told[:, None], state)
-            arms.append(torch.multinomial(self.actor(seen[:, 0]).softmax(-1), 1, generator=generator)[:, 0])
-            paid.append(pull(chances, arms[-1], generator))
-            told = self._next(arms[-1], paid[-1])
-        return Played(torch.stack(arms, dim=1), torch.stack(paid, dim=1))
+            observed = self.world.observed(now)
+            seen, state = self.memory(torch.cat([observed, told], dim=1)[:, None], state)
+            actions = torch.multinomial(self.actor(seen[:, 0]).softmax(-1), 1, generator=generator)[:, 0]
+            now, paid, expected = self.world.step(tasks, now, actions, generator)
+            steps.append((observed, actions, paid, expected))
+            told = self._next(actions, paid)
+        return Played(*(torch.stack(part, dim=1) for part in zip(*steps, strict=True)))
 
-    def _told(self, played: Played) -> Float[Tensor, "bandit pull told"]:
-        """What it is told before each pull."""
-        before = self._next(played.arms[:, :-1], played.paid[:, :-1])
-        return torch.cat([self._first(len(before))[:, None], before], dim=1)
+    def _told(self, played: Played) -> Float[Tensor, "task step told"]:
+        """What it is told before each step."""
+        before = self._next(played.actions[:, :-1], played.paid[:, :-1])
+        last = torch.cat([self._first(len(before))[:, None], before], dim=1)
+        return torch.cat([played.observed, last], dim=-1)
 
-    def _first(self, n: int) -> Float[Tensor, "bandit told"]:
-        return torch.eye(self.n_arms + 2)[-1].expand(n, -1)
+    def _first(self, n: int) -> Float[Tensor, "task told"]:
+        return torch.eye(self.world.n_actions + 2)[-1].expand(n, -1)
 
-    def _next(self, arms: Int64[Tensor, "*batch"], paid: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch told"]:
-        one_hot = F.one_hot(arms, self.n_arms).float()
+    def _next(self, actions: Int64[Tensor, "*batch"], paid: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch told"]:
+        one_hot = F.one_hot(actions, self.world.n_actions).float()
         return torch.cat([one_hot, paid[..., None], torch.zeros_like(paid)[..., None]], dim=-1)
 
     def _chance(self, episode: Episode) -> torch.Generator:
