@@ -161,6 +161,17 @@ def test_a_training_goes_on_where_it_was(tmp_path: Path) -> None:
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_trust_region_step_stays_within_the_radius_and_helps() -> None:
+    tasks, sizes = Goals().sampler(EpisodeSpec(2, 1, 1)).sample(3), []
+    for radius in (1e-4, 1e-2):
+        meta = learner(inner_lr=0.3)
+        before = meta.state_dict()
+        start = {name: value.clone() for name, value in before.items()}
+        assert meta.trust_region_step(tasks, radius=radius) > 0
+        sizes.append(sum((before[name] - start[name]).pow(2).sum() for name in start).sqrt())
+    assert 1.5 < sizes[1] / sizes[0] < 12  # ten times as far where the divergence is quadratic, and less if halved
+
+
 def test_errors(unchecked_types: None) -> None:
     with pytest.raises(ValueError, match="estimator must be"):
         learner(estimator="reinforce")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metatutor.applications.trust_region import trust_region_step
 from metatutor.checks import check_choice, check_positive
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters
@@ -255,6 +256,45 @@ class MetaPolicy(Learner):
             through = keep and not self.first_order
             gradients = torch.autograd.grad(total, list(inside.values()), create_graph=through)
         return {name: p + self.inner_lr * g for (name, p), g in zip(inside.items(), gradients, strict=True)}
+
+    def trust_region_step(self, episode: Episode, *, radius: float = 0.01, **options: Any) -> float:
+        """One step of the outer loop by TRPO: as far as the adapted policies diverge by no more than the radius.
+
+        Args:
+            episode: tasks; their walks are sampled once, by the parameters of now.
+            radius: the greatest mean Kullback-Leibler divergence of an action's distribution.
+            options: of `trust_region_step`.
+
+        Returns:
+            How much the surrogate of the walks after adaptation rose; 0 if nothing changed.
+        """
+        generator, dynamics = self._chance(episode), self.dynamics(episode.query_labels[:, 0])
+        parameters, support = self.beginning(len(episode)), []
+        for _ in range(self.inner_steps):
+            support.append(self.walks(parameters, dynamics, generator))
+            parameters = self.adapted(parameters, support[-1], keep=False)
+        parameters = {name: p.detach() for name, p in parameters.items()}
+        after = self.walks(parameters, dynamics, generator)
+        seen, scores = after.observed.flatten(1, 2), advantages(after)
+        before = self.policy.log_probabilities(parameters, after)
+        old_means, old_log_spread = self.policy.means(parameters, seen), parameters["log_spread"][:, None]
+
+        def adapted() -> Parameters:
+            now = self.beginning(len(episode))
+            for walks in support:
+                now = self.adapted(now, walks)
+            return now
+
+        def objective() -> Tensor:
+            return ((self.policy.log_probabilities(adapted(), after) - before).exp() * scores).mean()
+
+        def divergence() -> Tensor:
+            now = adapted()
+            log_spread, moved = now["log_spread"][:, None], self.policy.means(now, seen) - old_means
+            squares = (2 * old_log_spread).exp() + moved.pow(2)
+            return (log_spread - old_log_spread + 0.5 * squares * (-2 * log_spread).exp() - 0.5).sum(-1).mean()
+
+        return trust_region_step(list(self.policy.parameters()), objective, divergence, radius=radius, **options)
 
     def _chance(self, episode: Episode) -> torch.Generator:
         return torch.Generator().manual_seed(int(episode.query_images.double().sum().item() * 2**30))

@@ -68,10 +68,9 @@ def trust_region_step(
     start, step = [p.detach().clone() for p in parameters], math.sqrt(2 * radius / curvature) * direction
     for halved in range(halvings + 1):
         _move(parameters, start, step / 2**halved)
-        with torch.no_grad():
-            rise = (objective() - before).item()
-            if rise > 0 and divergence().item() <= radius * (1 + 1e-4):
-                return rise
+        rise = (objective() - before).item()
+        if rise > 0 and divergence().item() <= radius * (1 + 1e-4):
+            return rise
     _move(parameters, start, torch.zeros_like(step))
     return 0.0
 
