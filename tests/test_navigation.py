@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 import warnings
 
 import numpy as np
@@ -9,17 +11,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from metatutor.applications.navigation import (
-    HORIZON,
-    Goals,
-    Navigation,
-    NavigationVector,
-    check_goals,
-    dynamics,
-    goals,
-    moved,
-    rewards,
-)
+from metatutor.applications.environments import Navigation, NavigationVector
+from metatutor.applications.navigation import HORIZON, Goals, check_goals, dynamics, goals, moved, rewards
 from metatutor.episodes import EpisodeSpec
 
 
@@ -27,6 +20,13 @@ def test_gymnasium_finds_nothing_wrong() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_env(Navigation(), skip_render_check=True)
+
+
+def test_without_gymnasium_the_command_to_install_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "metatutor.applications.environments")
+    with pytest.raises(ImportError, match=r"pip install 'metatutor\[acting\]'"):
+        importlib.import_module("metatutor.applications.environments")
 
 
 def test_an_action_counts_from_minus_one_to_one() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from metatutor.applications.tabular import Process, Processes, likeliest, plan, play_rounds, posterior_sampling
+from metatutor.applications.environments import Process
+from metatutor.applications.tabular import Processes, likeliest, plan, play_rounds, posterior_sampling
 
 SMALL = Processes(n_states=3, n_actions=2, length=3)
 

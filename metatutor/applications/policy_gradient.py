@@ -181,6 +181,7 @@ class MetaPolicy(Learner):
         policy: whose parameters are the beginning.
         dynamics: maps goals `[task, 2]` to functions of places and actions that return next places and rewards.
         inner_lr: length of a step of adaptation.
+        learned_lr: whether the outer loop learns a rate for every parameter, from `inner_lr` on.
         inner_steps: steps of adaptation.
         n_walks: walks for each step, and as many to be judged.
         horizon: steps of a walk.
@@ -188,7 +189,7 @@ class MetaPolicy(Learner):
         first_order: whether the outer loop takes the adapted parameters for the beginning plus a constant.
 
     Reference:
-        Finn, Abbeel & Levine (2017), algorithm 3.
+        Finn, Abbeel & Levine (2017), algorithm 3; learned rates: Li et al. (2017), Meta-SGD.
     """
 
     def __init__(
@@ -196,7 +197,8 @@ class MetaPolicy(Learner):
         policy: GaussianPolicy,
         dynamics: Callable[[Float[Tensor, "task 2"]], Dynamics],
         *,
-        inner_lr: float = 0.1,
+        inner_lr: float = 0.5,
+        learned_lr: bool = False,
         inner_steps: int = 1,
         n_walks: int = 20,
         horizon: int = 100,
@@ -207,7 +209,9 @@ class MetaPolicy(Learner):
         check_choice("estimator", estimator, get_args(Estimator))
         super().__init__()
         self.policy, self.dynamics = policy, dynamics
-        self.inner_lr, self.inner_steps, self.n_walks, self.horizon = inner_lr, inner_steps, n_walks, horizon
+        rates = (torch.full_like(p, inner_lr) for p in policy.parameters())
+        self.rates = nn.ParameterList(nn.Parameter(rate, requires_grad=learned_lr) for rate in rates)
+        self.inner_steps, self.n_walks, self.horizon = inner_steps, n_walks, horizon
         self.estimator: Estimator = estimator
         self.first_order = first_order
         self.exact_gradient = False  # an estimate from samples
@@ -255,7 +259,8 @@ class MetaPolicy(Learner):
             total = self.gains(inside, walks, self.estimator).sum()
             through = keep and not self.first_order
             gradients = torch.autograd.grad(total, list(inside.values()), create_graph=through)
-        return {name: p + self.inner_lr * g for (name, p), g in zip(inside.items(), gradients, strict=True)}
+        steps = zip(inside.items(), self.rates, gradients, strict=True)
+        return {name: p + rate * gradient for (name, p), rate, gradient in steps}
 
     def trust_region_step(self, episode: Episode, *, radius: float = 0.01, **options: Any) -> float:
         """One step of the outer loop by TRPO: as far as the adapted policies diverge by no more than the radius.

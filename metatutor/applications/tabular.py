@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, SupportsInt
 
-import gymnasium
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -179,39 +177,3 @@ def play_rounds(
             counts[each[led], state[led], actions[led], now[led, 0]] += 1
         found.append(round_paid)
     return torch.stack(found, dim=1)
-
-
-class Process(gymnasium.Env[int, SupportsInt]):
-    """One round of one random process; `reset` keeps the process, unless `options={"new": True}`.
-
-    Args:
-        processes: what kind.
-        seed: of the process.
-
-    Raises:
-        ValueError: if an action is not there.
-    """
-
-    def __init__(self, processes: Processes | None = None, *, seed: int = 0) -> None:
-        self.processes = processes or Processes()
-        self.observation_space = gymnasium.spaces.Discrete(self.processes.n_states)  # pyright: ignore
-        self.action_space = gymnasium.spaces.Discrete(self.processes.n_actions)  # pyright: ignore
-        self.chance = torch.Generator().manual_seed(seed)
-        self.numbers = self.processes.draw(1, self.chance)
-        self.now = self.processes.begin(self.numbers)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
-        """Go back to state 0."""
-        super().reset(seed=seed)
-        if seed is not None:
-            self.chance.manual_seed(seed)
-        if options and options.get("new"):
-            self.numbers = self.processes.draw(1, self.chance)
-        self.now = self.processes.begin(self.numbers)
-        return 0, {}
-
-    def step(self, action: SupportsInt) -> tuple[int, float, bool, bool, dict[str, Any]]:
-        """Take an action; the round is cut off after `length` steps, in the state that the last one led to."""
-        actions = torch.tensor([int(action)])
-        self.now, paid, _ = self.processes.step(self.numbers, self.now, actions, self.chance)
-        return int(self.now[0, 0]), paid.item(), False, int(self.now[0, 1]) == 0, {}

@@ -4,6 +4,7 @@ Each function returns a figure that a notebook shows by naming it, as crisp SVG,
 size, in colours that colour-blind readers can tell apart. Images are `[height, width]`, 0 (paper) to 1 (ink).
 """
 
+from metatutor.book.figures.acting import movable_goal, walks
 from metatutor.book.figures.alphabet import drawn_alphabet
 from metatutor.book.figures.compare import cost, differences, places
 from metatutor.book.figures.concepts import families
@@ -47,6 +48,7 @@ __all__ = [
     "live",
     "matrices",
     "memory_steps",
+    "movable_goal",
     "movable_plane",
     "places",
     "plane",
@@ -55,5 +57,6 @@ __all__ = [
     "table",
     "task",
     "usage_over_time",
+    "walks",
     "waves",
 ]
