@@ -45,10 +45,10 @@ def test_strategies_choose_what_they_say() -> None:
     generator = torch.Generator().manual_seed(0)
     assert bandits.greedy(paid, not_paid, 5, generator).tolist() in ([0], [2])  # 4/6 and 2/3
     assert bandits.ucb1(paid, not_paid, 5, generator).tolist() == [1]  # never pulled
-    many = [t.expand(9000, -1) for t in (paid, not_paid)]
+    many = paid.expand(9000, -1), not_paid.expand(9000, -1)
     draws = torch.distributions.Beta(paid + 1, not_paid + 1).sample((90_000,))[:, 0]
     expected = draws.argmax(1).bincount() / 90_000
-    found = bandits.thompson(*many, 5, generator).bincount() / 9000
+    found = bandits.thompson(many[0], many[1], 5, generator).bincount() / 9000
     assert (found - expected).abs().max() < 0.02
 
 

@@ -52,7 +52,7 @@ def test_many_walks_are_single_walks_and_batches_of_them() -> None:
         np.testing.assert_allclose(found[1], [e[1] for e in each], rtol=1e-6)
         np.testing.assert_allclose(found[1], paid[:, 0], rtol=1e-6)
         assert found[3].tolist() == [i == HORIZON - 1] * 3 == [e[3] for e in each]
-    assert (many.step(actions)[0] == 0).all()
+    assert (many.step(np.ones((3, 2), np.float32))[0] == 0).all()
 
 
 def test_tasks_go_on_where_they_stopped() -> None:

@@ -200,5 +200,6 @@ def _largest(values: Counts, generator: torch.Generator) -> Int64[Tensor, " band
 
 def _beta(a: Counts, b: Counts, generator: torch.Generator) -> Chances:
     """Draws of beta distributions, by the gamma distributions that make them, from a generator."""
-    x, y = (torch._standard_gamma(shape, generator=generator) for shape in (a, b))
+    draw = torch._standard_gamma  # pyright: ignore[reportPrivateImportUsage]
+    x, y = draw(a, generator=generator), draw(b, generator=generator)
     return x / (x + y)

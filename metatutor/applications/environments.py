@@ -80,7 +80,6 @@ class NavigationVector(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Everybody goes back to the origin."""
-        super().reset(seed=seed)
         self.places, self.steps = torch.zeros(self.num_envs, 2), 0
         return self.places.numpy(), {}
 

@@ -59,7 +59,7 @@ class Processes:
         """New processes, the numbers of each in a row."""
         check_positive(n=n)
         means = 1 + torch.randn(n, self.n_states, self.n_actions, generator=generator)
-        leads = torch._standard_gamma(torch.ones(n, self.n_states, self.n_actions, self.n_states), generator=generator)
+        leads = torch.empty(n, self.n_states, self.n_actions, self.n_states).exponential_(generator=generator)
         leads = leads / leads.sum(-1, keepdim=True)  # uniform over all distributions
         return torch.cat([means.flatten(1), leads.flatten(1)], dim=1)
 
@@ -138,7 +138,7 @@ def posterior_sampling(counts: Transitions, sums: Means, generator: torch.Genera
     n = counts.sum(-1)
     mean, spread = (1 + sums) / (1 + n), (1 + n).rsqrt()  # beforehand Gaussian around 1, of variance 1
     drawn = mean + spread * torch.randn(mean.shape, generator=generator)
-    leads = torch._standard_gamma(1 + counts, generator=generator)
+    leads = torch._standard_gamma(1 + counts, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
     return drawn, leads / leads.sum(-1, keepdim=True)
 
 
