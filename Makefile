@@ -11,6 +11,7 @@ INSTALLED := $(VENV)/.installed
 OLDEST := build/oldest
 OLDEST_PYTHON ?= python3.11
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+LONGEST := $(foreach n,03 02 05 01,$(wildcard notebooks/$(n)_*.ipynb)) # begun first, so that none is left for the end
 EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
@@ -70,7 +71,7 @@ notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show 
 
 $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED) && cp $(NOTEBOOKS) $(EXECUTED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(EXECUTED)
+	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(addprefix $(EXECUTED)/,$(notdir $(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS))))
 	@touch $@
 
 book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors
