@@ -82,12 +82,12 @@ def jester(path: Path) -> list[dict[str, Any]]:
     }
     anil = MAML(network(known, 12), inner_lr=0.05, adapt="head", **LEARNED)
     methods["ANIL, learned rates"] = meta_learned(anil, known, 4000, 0.01, clip_norm=None)
-    whole = MAML(network(known, 12), inner_lr=0.003, adapt="all", **LEARNED)
-    methods["MAML, learned rates"] = meta_learned(whole, known, 2000, 0.01)
+    whole = MAML(network(known, 12), inner_lr=0.001, adapt="all", **LEARNED)
+    methods["MAML, learned rates"] = meta_learned(whole, known, 2000, 0.003, clip_norm=1.0)
     plain = {"loss": mse_loss, "inner_loss": half_squares, "inner_steps": 5}
     fixed = MAML(network(known, 12), inner_lr=0.02, adapt="head", **plain)
     methods["ANIL, one rate"] = meta_learned(fixed, known, 2000, 0.01, clip_norm=None)
-    reptile = Reptile(network(known, 12), inner_lr=0.02, inner_steps=10, loss=mse_loss)
+    reptile = Reptile(network(known, 12), inner_lr=0.2, inner_steps=10, loss=mse_loss)
     methods["Reptile"] = meta_learned(reptile, known, 1000, 0.5, optimizer="sgd")
     return [{"users_of": "Jester"} | row for row in compared(methods, new, "exact Bayes")]
 
