@@ -343,13 +343,31 @@ def _groups(names: Sequence[str], n_way: int) -> list[Int64[Tensor, " member"]]:
     return large
 
 
-class ClassificationSampler:
+class SeededSampler:
+    """Draws a stream of tasks from one generator, which is all that a resumed run must restore; a base class.
+
+    Args:
+        seed: where the stream begins.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the stream is."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.generator.set_state(state["generator"])
+
+
+class ClassificationSampler(SeededSampler):
     """Draws ordinary mini-batches of labelled images, in the clothes of an episode.
 
     A mini-batch is an episode without support: one task whose ways are all the classes at once, as for the baselines of
-    Chen et al. (2019), section 3.2. Each image is of a class drawn at random, with replacement, so the generator is all
-    that a resumed run must restore. The rows of an episode are a mini-batch in parts, which processes can share:
-    `n_tasks * images_per_task` images in all.
+    Chen et al. (2019), section 3.2. Each image is of a class drawn at random, with replacement. The rows of an episode
+    are a mini-batch in parts, which processes can share: `n_tasks * images_per_task` images in all.
 
     Args:
         classes: where the images come from; label `c` is class `c`.
@@ -360,15 +378,7 @@ class ClassificationSampler:
     def __init__(self, classes: ClassImages, images_per_task: int, *, seed: int = 0) -> None:
         check_positive(images_per_task=images_per_task)
         self.classes, self.images_per_task = classes, images_per_task
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of images is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.generator.set_state(state["generator"])
+        super().__init__(seed)
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` rows of images."""

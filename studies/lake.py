@@ -106,14 +106,13 @@ def main(train: Path | None = None, data: Path | None = None) -> None:
     """
     torch.set_num_threads(1)
     episode = one_shot_runs(data)
-    trained = background_runs(episode, train, data) if train else (r for r in study("lake") if r["split"] == "lake")
     kept = [row for row in study("lake") if row["split"] == "lake"]
     rows: list[dict[str, Any]] = []
     for row in recorded_runs(episode):
         rows.append(row)
         print(f"{row['run']}: {sum(row['wrong']) / 4:.1f}% wrong", flush=True)
     write("lake", rows + kept)
-    for row in trained:
+    for row in background_runs(episode, train, data) if train else ():
         kept = [other for other in kept if other["run"] != row["run"]]
         rows.append(row)
         print(f"{row['run']}, background: {sum(row['wrong']) / 4:.1f}% wrong", flush=True)

@@ -175,7 +175,7 @@ def test_a_trust_region_step_stays_within_the_radius_and_helps() -> None:
 def test_errors(unchecked_types: None) -> None:
     with pytest.raises(ValueError, match="estimator must be"):
         learner(estimator="reinforce")
-    with pytest.raises(ValueError, match="estimator must be likelihood-ratio, dice or log-probability"):
+    with pytest.raises(ValueError, match="estimator must be 'likelihood-ratio', 'dice' or 'log-probability'"):
         surrogate(torch.zeros(1, 1), torch.zeros(1, 1), "reinforce")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="inner_lr"):
         learner(inner_lr=-1.0)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 
 HORIZON, STRIDE, REACH = 100, 0.1, 0.5  # steps; the longest step in x and y; goals lie so far from 0 in x and y
 SIDE = 4.0  # nobody walks farther in x and y
@@ -61,19 +61,8 @@ class Goals:
         return GoalSampler(seed)
 
 
-class GoalSampler:
+class GoalSampler(SeededSampler):
     """Draws goals and, as images, the numbers that chance comes from."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of tasks is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.generator.set_state(state["generator"])
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks: `images` `[task, 1, 1]`, `labels` `[task, 1, 2]`."""

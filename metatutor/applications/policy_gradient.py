@@ -50,11 +50,10 @@ def surrogate(
     Reference:
         Rothfuss et al. (2019), ProMP, equation 11; DiCE: Foerster et al. (2018), equation 4.
     """
+    check_choice("estimator", estimator, get_args(Estimator))
     advantages = advantages.detach()
     if estimator == "log-probability":
         return (log_probabilities * advantages).mean((-2, -1))
-    if estimator not in ("likelihood-ratio", "dice"):
-        raise ValueError(f"the estimator must be likelihood-ratio, dice or log-probability, got {estimator!r}")
     exponent = log_probabilities.cumsum(-1) if estimator == "dice" else log_probabilities
     return ((exponent - exponent.detach()).exp() * advantages).mean((-2, -1))
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 from metatutor.files import decoding, expanded
 
 Table = Float[Tensor, "user item"]  # ratings; NaN: unknown
@@ -99,7 +99,7 @@ def _order(values: Table, generator: torch.Generator) -> Int64[Tensor, "user ite
     return drawn.masked_fill(values.isnan(), 2.0).argsort(1)
 
 
-class RatingSampler:
+class RatingSampler(SeededSampler):
     """Draws users; all users of a draw have equally many known ratings, from one to `spec.k_shot`.
 
     Args:
@@ -118,15 +118,7 @@ class RatingSampler:
         if not enough.any():
             raise ValueError(f"nobody has rated {spec.k_shot + spec.n_query} items; lower k_shot or n_query")
         self.values, self.spec = ratings.values[enough].float(), spec
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of users is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.generator.set_state(state["generator"])
+        super().__init__(seed)
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next users: `images` are item numbers and `labels` ratings, `[user, item, 1]`."""

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from metatutor.checks import check_not_negative, check_positive
-from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 from metatutor.learner import Learner
 
 Tasks = Float[Tensor, "task number"]
@@ -71,19 +71,12 @@ class Trials:
         return TrialSampler(self.world, seed)
 
 
-class TrialSampler:
+class TrialSampler(SeededSampler):
     """Draws tasks and, as images, the numbers that chance comes from."""
 
     def __init__(self, world: World, seed: int = 0) -> None:
-        self.world, self.generator = world, torch.Generator().manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of tasks is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.generator.set_state(state["generator"])
+        super().__init__(seed)
+        self.world = world
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks: `images` `[task, 1, 1]`, `labels` `[task, 1, number]`."""

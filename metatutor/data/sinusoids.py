@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metatutor.episodes import Episode, EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sinusoids:
         return SinusoidSampler(self, spec, seed=seed)
 
 
-class SinusoidSampler:
+class SinusoidSampler(SeededSampler):
     """Draws waves with `k_shot` support and `n_query` query points each, uniformly from everything.
 
     Args:
@@ -53,15 +53,7 @@ class SinusoidSampler:
         if spec.n_way != 1:
             raise ValueError(f"a wave has one value at every point, so n_way must be 1, got {spec.n_way}")
         self.waves, self.spec = waves, spec
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of tasks is."""
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.generator.set_state(state["generator"])
+        super().__init__(seed)
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks: `images` are the `x` and `labels` the `y`, `[task, point, 1]`."""
