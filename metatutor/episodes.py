@@ -219,6 +219,10 @@ class Episode:
         vars(changed).update({name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
         return changed
 
+    def chance(self) -> torch.Generator:
+        """Random numbers that are the same whenever the episode is: for methods that need some to answer."""
+        return torch.Generator().manual_seed(int(self.query_images.double().sum().item() * 2**30) % 2**63)
+
     def to(self, *where: Any) -> Episode:
         """The same tasks on a device, or with pixels (and real-valued targets) of another dtype."""
         device = self.query_images[:0].to(*where).device  # labels of classes keep their dtype

@@ -39,7 +39,7 @@ class Tags(HTMLParser):
 
 
 def test_there_are_widgets() -> None:
-    assert {path.stem for path in WIDGETS} == {"alphabet", "game", "goal", "memory", "plane", "steps", "wave"}
+    assert {path.stem for path in WIDGETS} == {"alphabet", "game", "goal", "memory", "plane", "redraw", "steps", "wave"}
 
 
 @each_widget

@@ -15,6 +15,7 @@ from metatutor.book.figures.interactive import movable_plane
 from metatutor.book.figures.memory import attention_on_support, fast_weights, memory_steps, usage_over_time
 from metatutor.book.figures.metric import confusions, embedding, matrices, plane
 from metatutor.book.figures.optimization import beginnings, heat, journeys
+from metatutor.book.figures.redraw import drawn_again
 from metatutor.book.figures.shown import Shown, live, stepper, table
 from metatutor.book.figures.style import COLOURS, Picture
 from metatutor.book.figures.waves import adapting_wave, waves
@@ -35,6 +36,7 @@ __all__ = [
     "confusions",
     "cost",
     "differences",
+    "drawn_again",
     "drawn_alphabet",
     "embedding",
     "families",

@@ -33,7 +33,7 @@ def drawn_alphabet(network: ConvNet) -> Shown:
     return widget("alphabet", id=identity("alphabet", weights), weights=weights)
 
 
-def eight_bits(filters: Float[Tensor, "out in 3 3"]) -> tuple[Tensor, Float[Tensor, " out"]]:
+def eight_bits(filters: Float[Tensor, out * rest]) -> tuple[Tensor, Float[Tensor, " out"]]:
     """Whole numbers from -127 to 127 and a step for each filter, whose product is close to the filter.
 
     Example:
@@ -42,7 +42,7 @@ def eight_bits(filters: Float[Tensor, "out in 3 3"]) -> tuple[Tensor, Float[Tens
         ([127, -64, 25], 0.00394)
     """
     step = filters.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / _LEVELS
-    return (filters / step[:, None, None, None]).round().to(torch.int8), step
+    return (filters / step.view(-1, *[1] * (filters.ndim - 1))).round().to(torch.int8), step
 
 
 def as_in_the_page(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

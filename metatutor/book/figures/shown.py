@@ -41,7 +41,7 @@ def widget(name: str, **fill: object) -> Shown:
 
     Args:
         name: of the file, without `.html`.
-        fill: gap to text; HTML where HTML is to stand.
+        fill: gap to text; HTML where HTML is to stand. `FILL_scan` is what several widgets share, `scan.js`.
 
     Returns:
         HTML, which a notebook shows.
@@ -49,8 +49,12 @@ def widget(name: str, **fill: object) -> Shown:
     Raises:
         KeyError: if there is no text for a gap.
     """
-    text = files("metatutor.book").joinpath("widgets", f"{name}.html").read_text(encoding="utf-8")
-    return Shown(_Widget(text).substitute(fill).strip())
+    text, scan = (_file(file) for file in (f"{name}.html", "scan.js"))
+    return Shown(_Widget(text).substitute(fill, scan=scan.strip()).strip())
+
+
+def _file(name: str) -> str:
+    return files("metatutor.book").joinpath("widgets", name).read_text(encoding="utf-8")
 
 
 def identity(kind: str, content: str) -> str:
