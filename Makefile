@@ -15,7 +15,7 @@ LONGEST := $(foreach n,03 02 05 01,$(wildcard notebooks/$(n)_*.ipynb)) # begun f
 EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
-STUDIES ?= comparison lake moved ways transfer classes tools
+STUDIES ?= comparison lake moved ways transfer classes reinforcement tools
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from metatutor.applications.bandits import Bandits, at_random, play
 from metatutor.applications.recurrent_policy import RL2, Played, Trials, World
 from metatutor.applications.tabular import Processes
-from metatutor.episodes import EpisodeSpec
+from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.training import TrainConfig, train
 
 SPEC = EpisodeSpec(n_way=3, k_shot=1, n_query=1)
@@ -18,8 +19,8 @@ WORLDS = {"bandits": Bandits(3), "processes": Processes(n_states=4, n_actions=3,
 def test_it_is_told_what_it_sees_its_last_action_and_what_that_paid() -> None:
     seen = torch.tensor([[[0.5], [0.6], [0.7]]])
     played = Played(seen, torch.tensor([[2, 0, 1]]), torch.tensor([[1.0, 0.0, 1.0]]), torch.rand(1, 3))
-    expected = torch.tensor(  # what it sees, three arms, payment, beginning
-        [[0.5, 0, 0, 0, 0, 1], [0.6, 0, 0, 1, 1, 0], [0.7, 1, 0, 0, 0, 0]]
+    expected = torch.tensor(  # what it sees; what it saw, at the arm that it pulled; the same times what that paid
+        [[0.5, 0, 0, 0, 0, 0, 0], [0.6, 0, 0, 0.5, 0, 0, 0.5], [0.7, 0.6, 0, 0, 0, 0, 0]]
     )
     learner = RL2(Bandits(3))
     assert torch.equal(learner._told(played)[0], expected)
@@ -34,11 +35,11 @@ def test_the_meta_loss_asks_the_network_what_it_was_told_when_it_played(name: st
     generator = torch.Generator().manual_seed(0)
     played = learner.play(world.draw(4, generator), generator)
     states, _ = learner.memory(learner._told(played))
-    told, state = learner._first(4), torch.zeros(1, 4, 64)
+    told, state = torch.zeros(4, learner.memory.input_size - world.n_observed), torch.zeros(1, 4, 64)
     for time in range(6):
         seen, state = learner.memory(torch.cat([played.observed[:, time], told], 1)[:, None], state)
         torch.testing.assert_close(seen[:, 0], states[:, time])
-        told = learner._next(played.actions[:, time], played.paid[:, time])
+        told = learner._done(played.observed[:, time], played.actions[:, time], played.paid[:, time])
 
 
 @pytest.mark.parametrize("name", WORLDS)
@@ -48,6 +49,28 @@ def test_asked_twice_it_answers_the_same(name: str) -> None:
     assert learner.meta_loss(tasks) == learner.meta_loss(tasks)
     assert learner(tasks).shape == (5, 1, 3)
     torch.testing.assert_close(learner(tasks).sum(-1), torch.ones(5, 1))
+
+
+@pytest.mark.parametrize("of_critic", [0.0, 3.0])
+def test_its_gradient_is_that_of_what_it_earns_whatever_the_critic_says(of_critic: float) -> None:
+    torch.manual_seed(0)
+    learner, chances = RL2(Bandits(2), hidden_size=4, horizon=2, trace=1.0, entropy=0.0), torch.tensor([0.2, 0.9])
+    torch.nn.init.normal_(learner.actor.weight, std=2)
+    torch.nn.init.constant_(learner.critic[-1].bias, of_critic)
+    first, state = learner.memory(F.pad(torch.ones(1, 1, 1), (0, 4)))
+    exact = torch.zeros(())
+    for arm, chance in enumerate(chances):
+        for paid, how_often in ((1.0, chance), (0.0, 1 - chance)):
+            done = learner._done(torch.ones(1, 1), torch.tensor([arm]), torch.tensor([paid]))
+            second, _ = learner.memory(F.pad(done, (1, 0), value=1.0)[:, None], state)
+            pulls = [learner.actor(seen[0, 0]).softmax(-1) for seen in (first, second)]
+            exact = exact + pulls[0][arm] * how_often * (chance + pulls[1] @ chances)
+    actor = list(learner.actor.parameters())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(exact, actor)])
+    labels, images = chances.expand(40_000, 1, 2), torch.rand(40_000, 1, 1)
+    loss = learner.meta_loss(Episode(images, labels, images, labels, n_way=2))
+    found = -torch.cat([g.flatten() for g in torch.autograd.grad(loss, actor)])
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.99
 
 
 def test_it_learns_to_find_the_better_arm() -> None:

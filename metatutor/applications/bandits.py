@@ -41,7 +41,7 @@ class Bandits:
         if self.n_actions < 2:
             raise ValueError(f"a bandit has at least 2 arms, got {self.n_actions}")
 
-    n_observed = 0  # nothing is seen but what is paid
+    n_observed = 1  # a bandit has one place to be in
 
     @property
     def n_numbers(self) -> int:
@@ -57,21 +57,21 @@ class Bandits:
         check_positive(n=n)
         return torch.rand(n, self.n_actions, generator=generator)
 
-    def begin(self, tasks: Chances) -> Float[Tensor, "bandit 0"]:
-        """A bandit has no places to be in."""
-        return tasks[:, :0]
+    def begin(self, tasks: Chances) -> Float[Tensor, "bandit 1"]:
+        """The only place there is."""
+        return torch.ones_like(tasks[:, :1])
 
-    def observed(self, now: Float[Tensor, "bandit 0"]) -> Float[Tensor, "bandit 0"]:
-        """Nothing."""
+    def observed(self, now: Float[Tensor, "bandit 1"]) -> Float[Tensor, "bandit 1"]:
+        """A one."""
         return now
 
     def step(
         self,
         tasks: Chances,
-        now: Float[Tensor, "bandit 0"],
+        now: Float[Tensor, "bandit 1"],
         actions: Int64[Tensor, " bandit"],
         generator: torch.Generator,
-    ) -> tuple[Float[Tensor, "bandit 0"], Float[Tensor, " bandit"], Float[Tensor, " bandit"]]:
+    ) -> tuple[Float[Tensor, "bandit 1"], Float[Tensor, " bandit"], Float[Tensor, " bandit"]]:
         """Pull arms."""
         paid = pull(tasks, actions, generator)
         return now, paid, tasks.gather(1, actions[:, None])[:, 0]

@@ -136,7 +136,7 @@ def sample_walks(
     return Walks(*(torch.stack(part, dim=2) for part in zip(*steps, strict=True)))
 
 
-def advantages(walks: Walks, discount: float = 0.99, trace: float = 0.97) -> Float[Tensor, "task walk time"]:
+def advantages(walks: Walks, discount: float = 0.99, trace: float = 0.9) -> Float[Tensor, "task walk time"]:
     """Generalised advantages, by a baseline that is fitted to the walks of each task; nothing of it is differentiated.
 
     The baseline is linear in observations, their squares and powers of time. Advantages are scaled to mean 0 and
@@ -217,7 +217,7 @@ class MetaPolicy(Learner):
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Minus the surrogate of walks after adaptation."""
-        generator, dynamics = self._chance(episode), self.dynamics(episode.query_labels[:, 0])
+        generator, dynamics = episode.chance(), self.dynamics(episode.query_labels[:, 0])
         parameters = self.beginning(len(episode))
         for _ in range(self.inner_steps):
             parameters = self.adapted(parameters, self.walks(parameters, dynamics, generator))
@@ -230,7 +230,7 @@ class MetaPolicy(Learner):
 
     def path(self, episode: Episode, inner_steps: int | None = None) -> list[Walks]:
         """Walks before the first step of adaptation and after each; the goals are the labels of the episode."""
-        generator, dynamics = self._chance(episode), self.dynamics(episode.query_labels[:, 0])
+        generator, dynamics = episode.chance(), self.dynamics(episode.query_labels[:, 0])
         parameters = self.beginning(len(episode))
         found = [self.walks(parameters, dynamics, generator)]
         for _ in range(self.inner_steps if inner_steps is None else inner_steps):
@@ -272,7 +272,7 @@ class MetaPolicy(Learner):
         Returns:
             How much the surrogate of the walks after adaptation rose; 0 if nothing changed.
         """
-        generator, dynamics = self._chance(episode), self.dynamics(episode.query_labels[:, 0])
+        generator, dynamics = episode.chance(), self.dynamics(episode.query_labels[:, 0])
         parameters, support = self.beginning(len(episode)), []
         for _ in range(self.inner_steps):
             support.append(self.walks(parameters, dynamics, generator))
@@ -299,6 +299,3 @@ class MetaPolicy(Learner):
             return (log_spread - old_log_spread + 0.5 * squares * (-2 * log_spread).exp() - 0.5).sum(-1).mean()
 
         return trust_region_step(list(self.policy.parameters()), objective, divergence, radius=radius, **options)
-
-    def _chance(self, episode: Episode) -> torch.Generator:
-        return torch.Generator().manual_seed(int(episode.query_images.double().sum().item() * 2**30))

@@ -98,6 +98,9 @@ class Played:
 class RL2(Learner):
     """A GRU that is told what it sees, its last action and what that paid, and chooses the next action.
 
+    To add up what each action paid in each place, a network must multiply. It is spared that: it is told where it was,
+    once for each action and with zeros but for the one it took, and the same times what that paid.
+
     It is trained as an actor with a critic: PPO with one pass over each batch, where there is nothing yet to clip. In
     training the task is known, though never to the actor: the critic sees it, and what an action pays on average stands
     for what it happened to pay. Neither changes the expectation of the gradient; both make it less noisy.
@@ -106,8 +109,7 @@ class RL2(Learner):
         world: what it is trained in.
         hidden_size: numbers in its state.
         horizon: steps of a task in training.
-        discount: how much a later payment counts, a step.
-        trace: of generalised advantages.
+        trace: how far the surprise of a step is put down to the actions before it, of generalised advantages.
         entropy: weight of a bonus for undecided choices.
 
     Reference:
@@ -121,16 +123,15 @@ class RL2(Learner):
         *,
         hidden_size: int = 64,
         horizon: int = 10,
-        discount: float = 0.99,
         trace: float = 0.95,
         entropy: float = 0.05,
     ) -> None:
-        check_positive(hidden_size=hidden_size, horizon=horizon, discount=discount)
+        check_positive(hidden_size=hidden_size, horizon=horizon)
         check_not_negative(trace=trace, entropy=entropy)
         super().__init__()
         self.world, self.ways, self.exact_gradient = world, world.n_numbers, False
-        self.horizon, self.discount, self.trace, self.entropy = horizon, discount, trace, entropy
-        self.memory = nn.GRU(world.n_observed + world.n_actions + 2, hidden_size, batch_first=True)
+        self.horizon, self.trace, self.entropy = horizon, trace, entropy
+        self.memory = nn.GRU(world.n_observed * (1 + 2 * world.n_actions), hidden_size, batch_first=True)
         self.actor = nn.Linear(hidden_size, world.n_actions)
         judge = nn.Linear(hidden_size + world.n_numbers, hidden_size)
         self.critic = nn.Sequential(judge, nn.Tanh(), nn.Linear(hidden_size, 1))
@@ -139,54 +140,51 @@ class RL2(Learner):
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The actor's, the critic's and minus the entropy's part, on tasks played by the current policy."""
         tasks = episode.query_labels[:, 0]
-        played = self.play(tasks, self._chance(episode))
+        played = self.play(tasks, episode.chance())
         states, _ = self.memory(self._told(played))
         known = tasks[:, None].expand(-1, states.shape[1], -1)
-        log_chances, values = self.actor(states).log_softmax(-1), self.critic(torch.cat([states, known], -1))[..., 0]
+        log_chances, worth = self.actor(states).log_softmax(-1), self.critic(torch.cat([states, known], -1))[..., 0]
+        left = torch.arange(states.shape[1], 0, -1)
+        values = (left * worth).detach()  # the critic says what a step will pay, of those that are left
         later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
-        surprise = (played.expected + self.discount * later - values).detach()
+        surprise = played.expected + later - values
         sums = [surprise[:, -1]]
         for now in surprise.flip(1).unbind(1)[1:]:
-            sums.append(now + self.discount * self.trace * sums[-1])
+            sums.append(now + self.trace * sums[-1])
         found = torch.stack(sums[::-1], dim=1)
-        better = (found - found.mean()) / (found.std() + 1e-8)
+        better = (found - found.mean(0)) / (found.std() + 1e-8)
         chosen = log_chances.gather(2, played.actions[..., None])[..., 0]
         undecided = -(log_chances.exp() * log_chances).sum(-1).mean()
-        critic = F.mse_loss(values, (found + values).detach())
+        critic = F.mse_loss(worth, (values + found) / left)
         return -(better * chosen).mean() + 0.5 * critic - self.entropy * undecided
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query action"]:
         """How often each action is taken, a step."""
-        played = self.play(episode.query_labels[:, 0], self._chance(episode))
+        played = self.play(episode.query_labels[:, 0], episode.chance())
         shares = F.one_hot(played.actions, self.world.n_actions).float().mean(1, keepdim=True)
         return shares.expand(-1, episode.query_images.shape[1], -1)
 
     @torch.no_grad()
     def play(self, tasks: Tasks, generator: torch.Generator, horizon: int | None = None) -> Played:
         """Tasks played to the end of the horizon, side by side."""
-        n, now = len(tasks), self.world.begin(tasks)
-        state, told, steps = torch.zeros(1, n, self.memory.hidden_size), self._first(n), []
+        now, state = self.world.begin(tasks), torch.zeros(1, len(tasks), self.memory.hidden_size)
+        told, steps = torch.zeros(len(tasks), self.memory.input_size - self.world.n_observed), []
         for _ in range(horizon or self.horizon):
             observed = self.world.observed(now)
             seen, state = self.memory(torch.cat([observed, told], dim=1)[:, None], state)
             actions = torch.multinomial(self.actor(seen[:, 0]).softmax(-1), 1, generator=generator)[:, 0]
             now, paid, expected = self.world.step(tasks, now, actions, generator)
             steps.append((observed, actions, paid, expected))
-            told = self._next(actions, paid)
+            told = self._done(observed, actions, paid)
         return Played(*(torch.stack(part, dim=1) for part in zip(*steps, strict=True)))
 
     def _told(self, played: Played) -> Float[Tensor, "task step told"]:
-        """What it is told before each step."""
-        before = self._next(played.actions[:, :-1], played.paid[:, :-1])
-        last = torch.cat([self._first(len(before))[:, None], before], dim=1)
-        return torch.cat([played.observed, last], dim=-1)
+        """What it is told before each step: what it sees, and what it did and was paid last."""
+        done = self._done(played.observed, played.actions, played.paid)[:, :-1]
+        return torch.cat([played.observed, F.pad(done, (0, 0, 1, 0))], dim=-1)
 
-    def _first(self, n: int) -> Float[Tensor, "task told"]:
-        return torch.eye(self.world.n_actions + 2)[-1].expand(n, -1)
-
-    def _next(self, actions: Int64[Tensor, "*batch"], paid: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch told"]:
-        one_hot = F.one_hot(actions, self.world.n_actions).float()
-        return torch.cat([one_hot, paid[..., None], torch.zeros_like(paid)[..., None]], dim=-1)
-
-    def _chance(self, episode: Episode) -> torch.Generator:
-        return torch.Generator().manual_seed(int(episode.query_images.double().sum().item() * 2**30))
+    def _done(self, observed: Tensor, actions: Tensor, paid: Tensor) -> Float[Tensor, "*batch done"]:
+        """What it saw, one copy for each action, all but one of them zeros; and the same times what it was paid."""
+        one_hot = F.one_hot(actions, self.world.n_actions).to(observed.dtype)
+        done = (one_hot[..., None] * observed[..., None, :]).flatten(-2)
+        return torch.cat([done, paid[..., None] * done], dim=-1)

@@ -25,14 +25,14 @@ def walks(
         panels: what stands above a panel to places before and after.
         goals: where they should lead.
     """
-    figure = picture(3.1 * ((len(panels) + 1) // 2) + 0.5)
+    figure = picture(2.7 * ((len(panels) + 1) // 2) + 0.4)
     drawn = figure.subplots((len(panels) + 1) // 2, 2, squeeze=False, sharex=True, sharey=True).flatten()
     for axes, (title, (before, after)), goal in zip(drawn, panels.items(), goals, strict=False):
         for places, colour, name in ((before, GREY, "before"), (after, BLUE, "after")):
             for i, walk in enumerate(places):
                 axes.plot(*walk.numpy().T, color=colour, lw=0.8, alpha=0.7, label=name if not i else None)
         axes.plot(*goal.tolist(), "*", color=ORANGE, ms=13, mec="black", mew=0.7, label="goal", ls="none")
-        axes.set(title=title, aspect="equal", xlim=(-0.9, 0.9), ylim=(-0.9, 0.9))
+        axes.set(title=title, aspect="equal", xlim=(-0.75, 0.75), ylim=(-0.75, 0.75))
     for axes in drawn[len(panels) :]:
         axes.axis("off")
     figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, alignment="left")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
 from metatutor.book.figures.style import (
@@ -48,6 +48,8 @@ def lines(
     """
     figure = picture(3.2)
     axes = figure.subplots()
+    if not log_x and all(isinstance(at, int) for xs, *_ in series.values() for at in xs):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for (name, (xs, ys, *halves)), colour, dash, marker in zip(series.items(), COLOURS, DASHES, MARKERS, strict=False):
         axes.errorbar(xs, ys, *halves, fmt=marker + dash, color=colour, capsize=3 * len(halves), label=name)
     draw_levels(axes, levels)
