@@ -88,7 +88,8 @@ def background_runs(episode: Episode, folder: Path, data: Path | None) -> Iterat
     """Every method, trained on the background alphabets; a training that was cut off goes on."""
     for method in BACKGROUND:
         of_run, config = folder / method, background_config(method)
-        run_training(config, of_run, [TEST], data=data, device="cpu", progress_bar=False)
+        if not (of_run / "evaluations.json").exists():
+            run_training(config, of_run, [TEST], data=data, device="cpu", progress_bar=False)
         about, learner = read_evaluations(of_run), load_learner(of_run, config.tested(TEST))
         [record] = about["evaluations"]
         start, _, end = method.partition("-plus")
