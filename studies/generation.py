@@ -144,7 +144,7 @@ def weighted(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 
 def judged(
     judge: Prototypical, known: Float[Tensor, "way shot 1 28 28"], asked: Float[Tensor, "way n 1 28 28"]
 ) -> Float[Tensor, ""]:
-    """How many of the drawings asked the judge takes for what they should be, given some real ones of each character."""
+    """How many of the drawings asked the judge names rightly, given some real ones of each character."""
     support, query = (
         judge.network.embed(ink(images.flatten(0, 1))).unflatten(0, images.shape[:2]) for images in (known, asked)
     )
@@ -153,7 +153,7 @@ def judged(
 
 
 def overlap(drawn: Drawings, others: Drawings) -> Float[Tensor, " n"]:
-    """Of each drawing, the ink that it shares with the most similar of the others, as a part of the ink of either."""
+    """Of each drawing, the ink that it shares with the most similar of the others, over the ink in either."""
     one, other = ink(drawn).flatten(1), ink(others).flatten(1)
     shared = one @ other.T
     return (shared / (one.sum(1)[:, None] + other.sum(1) - shared)).amax(1)

@@ -69,6 +69,7 @@ class GaussianPolicy(nn.Module):
 
     def __init__(self, n_observed: int = 2, n_actions: int = 2, hidden: int = 64) -> None:
         super().__init__()
+        self.n_observed = n_observed
         layers = [nn.Linear(n_observed, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh()]
         self.mean = nn.Sequential(*layers, nn.Linear(hidden, n_actions))
         self.log_spread = nn.Parameter(torch.full((n_actions,), -0.5))
@@ -127,7 +128,7 @@ def sample_walks(
     n_tasks = len(next(iter(parameters.values())))
     spread = parameters["log_spread"].exp()[:, None]
     noise = torch.randn(horizon, n_tasks, n_walks, spread.shape[-1], generator=generator)
-    places, steps = torch.zeros(n_tasks, n_walks, 2), []
+    places, steps = torch.zeros(n_tasks, n_walks, policy.n_observed), []
     for drawn in noise:
         actions = policy.means(parameters, places) + spread * drawn
         following, rewards = dynamics(places, actions)
@@ -178,7 +179,8 @@ class MetaPolicy(Learner):
 
     Args:
         policy: whose parameters are the beginning.
-        dynamics: maps goals `[task, 2]` to functions of places and actions that return next places and rewards.
+        dynamics: maps the labels of tasks, such as goals `[task, 2]`, to a function of places and actions that returns
+            next places and rewards. A walk begins where all numbers of its place are 0.
         inner_lr: length of a step of adaptation.
         learned_lr: whether the outer loop learns a rate for every parameter, from `inner_lr` on.
         inner_steps: steps of adaptation.
@@ -194,7 +196,7 @@ class MetaPolicy(Learner):
     def __init__(
         self,
         policy: GaussianPolicy,
-        dynamics: Callable[[Float[Tensor, "task 2"]], Dynamics],
+        dynamics: Callable[[Float[Tensor, "task number"]], Dynamics],
         *,
         inner_lr: float = 0.5,
         learned_lr: bool = False,
@@ -223,7 +225,7 @@ class MetaPolicy(Learner):
             parameters = self.adapted(parameters, self.walks(parameters, dynamics, generator))
         return -self.gains(parameters, self.walks(parameters, dynamics, generator), "log-probability").mean()
 
-    def forward(self, episode: Episode) -> Float[Tensor, "task query 2"]:
+    def forward(self, episode: Episode) -> Float[Tensor, "task query observed"]:
         """Where a walk of the adapted policy ends, on the average."""
         walks = self.path(episode)[-1]
         return walks.observed[:, :, -1].mean(1, keepdim=True).expand(-1, episode.query_images.shape[1], -1)
