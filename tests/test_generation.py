@@ -197,6 +197,7 @@ def test_the_loss_of_an_adaptable_network_is_minus_the_bound() -> None:
     with torch.no_grad():
         losses = minus_bound(learner.network(task.query_images[0]), task.query_labels[0])
         model = learner.network.model
+        assert isinstance(model, ConditionalVAE)
         bounds = model.bound(task.query_images[0], model.context(DRAWINGS[:0]), generator())
     assert abs(losses + bounds.mean()) < 6 * bounds.std() / n**0.5
 

@@ -33,7 +33,7 @@ def drawn_alphabet(network: ConvNet) -> Shown:
     return widget("alphabet", id=identity("alphabet", weights), weights=weights)
 
 
-def eight_bits(filters: Float[Tensor, out * rest]) -> tuple[Tensor, Float[Tensor, " out"]]:
+def eight_bits(filters: Float[Tensor, "*weight"]) -> tuple[Tensor, Float[Tensor, " out"]]:
     """Whole numbers from -127 to 127 and a step for each filter, whose product is close to the filter.
 
     Example:
