@@ -4,7 +4,8 @@
 
 Every recorded learner that takes 20-way 1-shot tasks, beside the errors that were published. Most of them were trained
 on characters of all alphabets, those of the test too. With a folder to work in, every method is also trained on the 30
-background alphabets alone, as the test wants it: shorter than the recorded runs, some ten minutes each on one core.
+background alphabets alone, as the test wants it: Prototypical Networks for an hour on one core, the others for five to
+twenty minutes, most of them less than the recorded runs. A folder with an evaluation is taken as it is.
 """
 
 from __future__ import annotations
