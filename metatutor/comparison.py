@@ -10,6 +10,7 @@ from metatutor.evaluation import Evaluation
 from metatutor.runs import published, read_evaluations, run_folders, study
 
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
+PUBLISHED = "-published"  # the end of an evaluation's name: under the rules of the method's paper
 
 # The name that a recorded evaluation begins and ends with, to the method's, and to that of the published numbers.
 METHODS: dict[tuple[str, str], tuple[str, str | None]] = {
@@ -47,6 +48,8 @@ class Row:
         method: as the book calls it.
         name: of the recorded evaluation.
         ours: what it came to.
+        as_published: what it came to under the paper's own rules, where these differ from ours: as many query images as
+            the paper asks, which matters if they are answered together, or the paper's split; None: not recorded.
         paper: the published number with its source and protocol; None if there is none.
         train_seconds, parameters, peak_memory_mib: of the training whose weights were evaluated.
         ms_a_task: milliseconds to adapt to one task and answer it, by itself, on one thread; None: not measured.
@@ -56,12 +59,22 @@ class Row:
     method: str
     name: str
     ours: Evaluation
+    as_published: Evaluation | None
     paper: dict[str, Any] | None
     train_seconds: float
     parameters: int
     peak_memory_mib: int
     ms_a_task: float | None
     tasks_a_second: float | None
+
+    @property
+    def as_published_cell(self) -> str:
+        """Accuracy under the paper's rules and what differs in them, such as `99.2 ± 0.1% (1 query a class)`."""
+        found = self.as_published
+        if found is None:
+            return "–"
+        queries = f"{found.n_query} quer{'y' if found.n_query == 1 else 'ies'} a class"
+        return f"{found} ({queries if found.n_query != self.ours.n_query else 'split of Vinyals et al.'})"
 
     @property
     def papers_cell(self) -> str:
@@ -91,7 +104,9 @@ def compared(results: Path | None = None) -> list[Row]:
                 size = (about["train_seconds"], about["parameters"], about["peak_memory_mib"])
                 time = times.get(name)
                 speed = (time["ms_alone"], 1000 / time["ms_of_32"]) if time else (None, None)
-                rows.append(Row(method, name, Evaluation.from_record(record), paper, *size, *speed))
+                ours, theirs = Evaluation.from_record(record), records.get(name + PUBLISHED, (None, None))[1]
+                as_published = Evaluation.from_record(theirs) if theirs else None
+                rows.append(Row(method, name, ours, as_published, paper, *size, *speed))
     return rows
 
 

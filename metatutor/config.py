@@ -121,7 +121,7 @@ class DataConfig:
 
     Args:
         source: `"omniglot"` or `"strokes"`.
-        split: `"random"` or `"lake"` for Omniglot; Strokes are always split by whole alphabets.
+        split: `"random"`, `"lake"` or `"vinyals"` for Omniglot; Strokes are always split by whole alphabets.
         seed: of the split.
         rotations: whether turned characters are classes of their own.
         together: the share of training tasks whose characters are all of one alphabet.
@@ -129,7 +129,7 @@ class DataConfig:
     """
 
     source: Literal["omniglot", "strokes"] = "omniglot"
-    split: Literal["random", "lake"] = "random"
+    split: Literal["random", "lake", "vinyals"] = "random"
     seed: int = 0
     rotations: bool = True
     together: float = 0.0

@@ -21,6 +21,7 @@ import tyro
 from common import write
 
 from metatutor.allocator import keep_freed_memory_once
+from metatutor.comparison import PUBLISHED
 from metatutor.config import DataConfig, RunConfig, TestConfig, load_config, parse_test
 from metatutor.evaluation import evaluate
 from metatutor.runs import load_learner, read_evaluations, run_folders
@@ -55,7 +56,8 @@ def evaluations(data: Path | None) -> list[tuple[Path, RunConfig, TestConfig, An
         if isinstance(config.data, DataConfig) and config.data.source == "omniglot":
             splits = config.data.load(data)
             records = read_evaluations(folder)["evaluations"]
-            found += [(folder, config, parse_test(record), splits) for record in records if "accuracy" in record]
+            tests = [parse_test(record) for record in records if "accuracy" in record]
+            found += [(folder, config, test, splits) for test in tests if not test.name.endswith(PUBLISHED)]
     return found
 
 

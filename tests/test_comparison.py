@@ -8,7 +8,7 @@ import pytest
 
 from metatutor import runs
 from metatutor.cli import main
-from metatutor.comparison import METHODS, SETTINGS, compared, summary
+from metatutor.comparison import METHODS, PUBLISHED, SETTINGS, compared, summary
 
 ROWS = compared()
 
@@ -16,7 +16,8 @@ ROWS = compared()
 def test_every_evaluation_of_plain_tasks_is_a_method_or_a_variant_told_apart() -> None:
     """What `METHODS` leaves out is a variant of what it has: fine-tuned, trained otherwise."""
     shapes = "|".join(f"{n_way}w{k_shot}s" for n_way, k_shot in SETTINGS)
-    named = [re.fullmatch(rf"omniglot-(.+)-({shapes})(-.+)?", name) for name in runs.run_names()]
+    names = {name.removesuffix(PUBLISHED) for name in runs.run_names()}
+    named = [re.fullmatch(rf"omniglot-(.+)-({shapes})(-.+)?", name) for name in names]
     parts = {(found[1], found[3] or "") for found in named if found}
     assert {(start, "") for start, _ in parts} <= {(start, "") for start, _ in METHODS}
     assert {row.name for row in ROWS} <= set(runs.run_names())
@@ -31,7 +32,18 @@ def test_numbers_are_the_recorded_and_the_published() -> None:
     for row in ROWS:
         assert row.paper is None or (row.paper["n_way"], row.paper["k_shot"]) == (row.ours.n_way, row.ours.k_shot)
     without = next(row for row in ROWS if row.method == "Nearest pixels")
-    assert (without.papers_cell, without.train_seconds) == ("–", 0)
+    assert (without.papers_cell, without.as_published_cell, without.train_seconds) == ("–", "–", 0)
+
+
+def test_the_papers_rules_are_told_beside_what_came_of_them() -> None:
+    under = {row.name: row for row in ROWS if row.as_published}
+    found = runs.recorded_accuracy(f"omniglot-maml-5w1s{PUBLISHED}")
+    assert under["omniglot-maml-5w1s"].as_published_cell == f"{found} (1 query a class)"
+    assert under["omniglot-maml-5w5s"].as_published_cell.endswith("% (5 queries a class)")
+    for row in under.values():
+        found = row.as_published
+        assert found and (found.n_way, found.k_shot) == (row.ours.n_way, row.ours.k_shot)
+        assert (found.n_query, found.split) != (row.ours.n_query, row.ours.split)
 
 
 def test_every_name_of_a_published_method_is_one() -> None:
@@ -48,7 +60,7 @@ def test_a_summary_has_one_row_a_method() -> None:
 def test_the_command_prints_them(capsys: pytest.CaptureFixture[str]) -> None:
     main(["results", "--n-way", "20", "--k-shot", "1"])
     head, *lines = capsys.readouterr().out.splitlines()
-    assert re.split(r"\s{2,}", head)[:4] == ["method", "task", "ours", "paper"]
+    assert re.split(r"\s{2,}", head)[:5] == ["method", "task", "ours", "under the paper's rules", "paper"]
     assert len(lines) == len([row for row in ROWS if (row.ours.n_way, row.ours.k_shot) == (20, 1)])
     assert all("20-way 1-shot" in line for line in lines)
 

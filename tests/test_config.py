@@ -93,7 +93,7 @@ def test_every_method_and_network_has_one_tag() -> None:
             "relation",
         ]
     )
-    assert sorted(KINDS) == ["conv-net", "mlp", "pixels"]
+    assert sorted(KINDS) == ["conv-net", "mlp", "pixels", "res-net"]
 
 
 @pytest.mark.parametrize("made", [*METHODS.values(), *KINDS.values()], ids=lambda made: made.tag)

@@ -734,12 +734,15 @@ def test_seed_0_stays_what_recorded_runs_were_made_with(numbered):
 
 
 def test_unknown_protocols_and_too_few_characters_are_refused(numbered, root, load):
-    with pytest.raises(ValueError, match="no split 'vinyals'; choose 'random' or 'lake'"):
-        numbered.split("vinyals")
+    with pytest.raises(ValueError, match="no split 'mine'; choose 'random', 'lake' or 'vinyals'"):
+        numbered.split("mine")
     with pytest.raises(ValueError, match="more than 1200 characters, got 5"):
         load(root).split("random")
     with pytest.raises(ValueError, match="more than 5 background alphabets"):
         load(root).split("lake")
+    for few in (numbered, load(root)):  # the former has other alphabets than Omniglot
+        with pytest.raises(ValueError, match="needs all characters of Omniglot"):
+            few.split("vinyals")
 
 
 def test_splits_feed_the_sampler(numbered):
@@ -861,10 +864,20 @@ def test_the_real_omniglot_has_50_alphabets(real):
 
 @needs_omniglot
 def test_real_splits_are_whole(real):
-    for protocol, sizes in (("random", (1100, 100, 423)), ("lake", (None, None, 659))):
+    for protocol, sizes in (("random", (1100, 100, 423)), ("lake", (None, None, 659)), ("vinyals", (1028, 172, 423))):
         splits = real.split(protocol, rotations=False)
         assert sum(len(classes) for classes in splits) == 1623
         assert all(size in (None, len(classes)) for size, classes in zip(sizes, splits, strict=True))
+
+
+@needs_omniglot
+def test_the_split_of_matching_networks_tests_on_new_alphabets(real):
+    splits = real.split("vinyals", seed=5)
+    train, validation, test = ({name.partition("/")[0] for name in classes.names} for classes in splits)
+    assert not train & validation and train & test == {"Gurmukhi"} and splits.id == "vinyals"
+    assert [len(names) for names in (train, validation, test)] == [33, 5, 13]
+    assert sum(name.startswith("Gurmukhi/") for name in splits.test.names) == 4
+    assert splits.test.names == real.names[-423:]
 
 
 @needs_omniglot

@@ -51,6 +51,8 @@ _RUNS = _Part("all_runs", 40, "b7cfef7670164bbe6bf582d0345164b92a2aff4e7e6ce86f5
 _OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the address torchvision has too
 _DRAWINGS = 20  # of each character, each by another person
 _TRAIN, _VALIDATION, _VALIDATION_ALPHABETS = 1100, 100, 5
+# Alphabets of the split of Vinyals et al. (2016) that later papers choose their settings on.
+_VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 _CACHE_FORMAT = "v2"  # changes when decoding does, or what is kept of it
 _ZIP_BYTES = 32_000_000  # at most; the largest one published has 9,464,212
 
@@ -380,11 +382,14 @@ class Omniglot(Alphabets):
 
         `random` shuffles all characters: 1,100 / 100 / 423, as in the MAML paper (Finn et al., 2017, section 5.2).
         `lake` keeps alphabets whole: the 659 evaluation characters are for meta-test, five background alphabets chosen
-        by `seed` for meta-validation. The split's id is `random-0` for example; `random-0-upright` without rotations.
+        by `seed` for meta-validation. `vinyals` is the split of Matching and Prototypical Networks (Vinyals et al.,
+        2016; Snell et al., 2017): the first 1,200 characters, less five alphabets for meta-validation, and the last 423
+        for meta-test, all but four of them of alphabets that were never seen; it has no seed: 1,028 / 172 / 423. The
+        split's id is `random-0` for example, `random-0-upright` without rotations, or `vinyals`.
 
         Args:
-            protocol: `random` or `lake`.
-            seed: another seed, another split.
+            protocol: `random`, `lake` or `vinyals`.
+            seed: another seed, another split; `vinyals` takes no notice of it.
             rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split,
                 in all three splits, as in the MAML code.
 
@@ -396,8 +401,10 @@ class Omniglot(Alphabets):
             parts = self._random(generator)
         elif protocol == "lake":
             parts = self._lake(generator)
+        elif protocol == "vinyals":
+            return self._splits(self._vinyals(), protocol, rotations)
         else:
-            raise ValueError(f"no split {protocol!r}; choose 'random' or 'lake'")
+            raise ValueError(f"no split {protocol!r}; choose 'random', 'lake' or 'vinyals'")
         return self._splits(parts, f"{protocol}-{seed}", rotations)
 
     def _random(self, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -415,6 +422,14 @@ class Omniglot(Alphabets):
         held_out = torch.randperm(n_alphabets, generator=generator)[:_VALIDATION_ALPHABETS]
         validation = torch.isin(alphabet, held_out)
         return background[~validation], background[validation], test
+
+    def _vinyals(self) -> tuple[Tensor, ...]:
+        first, test = torch.arange(len(self.names)).tensor_split([_TRAIN + _VALIDATION])
+        held_out = [name.partition("/")[0] in _VINYALS_VALIDATION for name in self.names[: len(first)]]
+        validation = torch.tensor(held_out, dtype=torch.bool)
+        if not (len(test) and validation.any()):
+            raise ValueError(f"a vinyals split needs all characters of Omniglot, got {len(self.names)}")
+        return first[~validation], first[validation], test
 
 
 def one_shot_runs(root: Path | str | None = None, *, download: bool = True, image_size: int = 28) -> Episode:
