@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from metatutor.allocator import let_threads_sleep
 
 if TYPE_CHECKING:
-    from metatutor.backbones import MLP, ConvNet, Pixels, backbone
+    from metatutor.backbones import MLP, ConvNet, Pixels, ResNet, backbone
     from metatutor.baselines import NearestPixels, PretrainedCosine, PretrainedFinetuned, Scratch
     from metatutor.classify import FewShotClassifier
     from metatutor.data import Omniglot, Splits, Strokes
@@ -51,6 +51,7 @@ __all__ = [
     "Prototypical",
     "Relation",
     "Reptile",
+    "ResNet",
     "Scratch",
     "Siamese",
     "Splits",

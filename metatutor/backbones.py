@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.checks import check_sizes
+from metatutor.checks import check_not_negative, check_sizes
 from metatutor.double_backward import EPSILON, batch_norm, conv2d, group_norm, max_pool2d
 
 Images = Float[Tensor, "n channel height width"]
@@ -228,12 +228,7 @@ class ConvNet(Embedding):
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the last convolutional block."""
-        if tuple(images.shape[1:]) != self.image_shape:
-            found, wanted = ("×".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape))
-            raise ValueError(
-                f"the network takes images of {wanted} (channels × height × width), got {found}; resize the images or "
-                "build it with their in_channels and image_size"
-            )
+        check_images(images, self.image_shape)
         for block in self.blocks:
             images = block(images, n_support)
         return images
@@ -289,6 +284,109 @@ class ConvBlock(nn.Module):
             scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
             images = torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
         return F.relu(max_pool2d(images) if self.pools else images)
+
+
+class ResNet(Embedding):
+    """A strided convolution and residual blocks with group normalisation: larger than `ConvNet`, and inductive.
+
+    Every block but the last halves its image by max-pooling, rounded up: 28×28 pixels become 14×14 by the first
+    convolution, then 7×7 and, with three blocks, 4×4.
+
+    Args:
+        n_outputs: logits at the end, the ways of a task; None: no last layer, the network embeds.
+        widths: channels of each residual block; the first convolution has as many as the first block.
+        shift: in evaluation mode an embedding is the mean of those of the image and of the image moved by so many
+            pixels to each of the four sides; 0: of the image alone. Five passes instead of one.
+        in_channels: channels of the images.
+        image_size: height and width of the images in pixels.
+
+    Raises:
+        ValueError: if a size is not positive, or the image is too small for the blocks.
+
+    Example:
+        >>> ResNet(widths=(8, 16))(torch.rand(2, 1, 28, 28)).shape
+        torch.Size([2, 784])
+
+    Reference:
+        He et al. (2016), section 3.3; in few-shot learning: Chen et al. (2019), section 4.3; group normalisation: Wu &
+        He (2018).
+    """
+
+    def __init__(
+        self,
+        n_outputs: int | None = None,
+        *,
+        widths: Sequence[int] = (64, 128, 160),
+        shift: int = 0,
+        in_channels: int = 1,
+        image_size: int = 28,
+    ) -> None:
+        super().__init__()
+        check_sizes(n_outputs=n_outputs, in_channels=in_channels, image_size=image_size, n_blocks=len(widths))
+        check_sizes(**{f"widths[{i}]": width for i, width in enumerate(widths)})
+        check_not_negative(shift=shift)
+        if 2 ** len(widths) > 2 * image_size:
+            raise ValueError(f"{len(widths)} blocks halve a {image_size}×{image_size} image to nothing; use fewer")
+        self.n_outputs, self.shift, self.image_shape = n_outputs, shift, (in_channels, image_size, image_size)
+        self.first = nn.Conv2d(in_channels, widths[0], 3, 2, 1, bias=False)
+        self.norm = nn.GroupNorm(gcd(8, widths[0]), widths[0])
+        pairs = list(pairwise([widths[0], *widths]))
+        self.blocks = nn.ModuleList(ResidualBlock(i, o, halves=n + 1 < len(pairs)) for n, (i, o) in enumerate(pairs))
+        size = -(-image_size // 2 ** len(widths))
+        self.feature_shape = (widths[-1], size, size)
+        self.normalization, self.largest_activation = "group", widths[0] * (-(-image_size // 2)) ** 2
+        self.embedding_size = n_features = widths[-1] * size * size
+        self.head = nn.Identity() if n_outputs is None else nn.Linear(n_features, n_outputs)
+        self.head_prefix = None if n_outputs is None else "head."
+
+    def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
+        """What leaves the last block."""
+        check_images(images, self.image_shape)
+        if self.training or not self.shift:
+            return self._features(images)
+        sides = [(self.shift * x, self.shift * y) for x, y in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))]
+        return torch.stack([self._features(F.pad(images, (x, -x, y, -y))) for x, y in sides]).mean(0)
+
+    def _features(self, images: Images) -> Float[Tensor, "n filter h w"]:
+        images = F.relu(self.norm(self.first(images)))
+        for block in self.blocks:
+            images = block(images)
+        return images
+
+    def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
+        """What enters the last layer, in full precision."""
+        return self.features(images, n_support).flatten(1).float()
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions 3×3 beside one 1×1, each normalised; their sum, halved or not, and ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, halves: bool) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(i, out_channels, size, padding=size // 2, bias=False)
+            for i, size in ((in_channels, 3), (out_channels, 3), (in_channels, 1))
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, out_channels), out_channels) for _ in range(3))
+        self.halves = halves
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[n, c_in, h, w]` -> `[n, c_out, h, w]`, or half as high and wide, rounded up."""
+        first, second, beside = (
+            lambda x, c=c, n=n: n(c(x)) for c, n in zip(self.convolutions, self.norms, strict=True)
+        )
+        images = second(F.relu(first(images))) + beside(images)
+        return F.relu(F.max_pool2d(images, 2, ceil_mode=True) if self.halves else images)
+
+
+def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+    """Raise a `ValueError` if a network of that `image_shape` does not take the images."""
+    if tuple(images.shape[1:]) != shape:
+        found, wanted = ("×".join(map(str, sizes)) for sizes in (images.shape[1:], shape))
+        raise ValueError(
+            f"the network takes images of {wanted} (channels × height × width), got {found}; resize the images or "
+            "build it with their in_channels and image_size"
+        )
 
 
 def _check_options(pooling: str, normalization: str) -> None:

@@ -65,6 +65,7 @@ class TrainConfig:
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
         patience: rows of history without a better validation accuracy after which training ends early; None: never.
+        precision: `"bfloat16"` computes the loss under autocast; None: as accelerate is configured, in full as a rule.
 
     Raises:
         ValueError: if a number is out of range.
@@ -84,6 +85,7 @@ class TrainConfig:
     tasks_at_once: int | None = None
     keep: Literal["last", "best"] = "last"
     patience: int | None = None
+    precision: Literal["bfloat16"] | None = None
 
     def __post_init__(self) -> None:
         optional = ("clip_norm", "tasks_at_once", "patience")
@@ -100,6 +102,8 @@ class TrainConfig:
             raise ValueError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, got {self.optimizer!r}")
         if self.keep not in ("last", "best"):
             raise ValueError(f"keep must be 'last' or 'best', got {self.keep!r}")
+        if self.precision not in (None, "bfloat16"):
+            raise ValueError(f"precision must be 'bfloat16' or None, got {self.precision!r}")
 
 
 def train(
@@ -284,7 +288,8 @@ class _State:
     def step(self, episode: Episode, accelerator: Any) -> float:
         """Take a step of the outer optimizer, but none if the loss, which is returned, is not finite."""
         self.optimizer.zero_grad()
-        with accelerator.autocast():
+        half = self.config.precision == "bfloat16"  # accelerate has one precision for the whole process
+        with torch.autocast(self.learner.device.type, torch.bfloat16) if half else accelerator.autocast():
             loss = accumulate(self.learner, episode, self.config.tasks_at_once, accelerator.backward)
         mean, together = partial(accelerator.reduce, reduction="mean"), accelerator.num_processes > 1
         parameters = [p for p in self.learner.parameters() if p.grad is not None]

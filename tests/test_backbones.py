@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatutor.backbones import MLP, ConvBlock, ConvNet, Embedding, Network, Normalization, Pixels, Pooling
+from metatutor.backbones import MLP, ConvBlock, ConvNet, Embedding, Network, Normalization, Pixels, Pooling, ResNet
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -380,3 +380,60 @@ def test_what_embeds_says_what_enters_its_last_layer():
 def test_mistakes_of_pixels_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Pixels(**options)
+
+
+# --- with residual blocks ---
+
+
+def test_a_residual_network_halves_by_its_first_convolution_and_every_block_but_the_last():
+    network = ResNet(5, widths=(8, 12, 16), in_channels=3, image_size=20)
+    assert network.features(torch.rand(2, 3, 20, 20)).shape[1:] == network.feature_shape == (16, 3, 3)  # 20, 10, 5, 3
+    assert network(torch.rand(2, 3, 20, 20)).shape == (2, 5) and network.embedding_size == 16 * 9
+    assert ResNet(widths=(8,)).head_prefix is None
+
+
+def test_a_residual_block_is_what_its_paper_writes():
+    network = random(ResNet(widths=(8, 16)))
+    images, [block, last] = pixels(3, channels=1, size=28), network.blocks
+    maps = F.relu(F.group_norm(F.conv2d(images, network.first.weight, stride=2, padding=1), 8, *norm(network.norm)))
+    for residual, groups, halves in ((block, 8, True), (last, 8, False)):
+        first, second, beside = residual.convolutions
+        norms = [norm(layer) for layer in residual.norms]
+        path = F.relu(F.group_norm(F.conv2d(maps, first.weight, padding=1), groups, *norms[0]))
+        path = F.group_norm(F.conv2d(path, second.weight, padding=1), groups, *norms[1])
+        maps = F.relu(path + F.group_norm(F.conv2d(maps, beside.weight), groups, *norms[2]))
+        maps = F.max_pool2d(maps, 2) if halves else maps
+    torch.testing.assert_close(network.features(images), maps)
+
+
+def norm(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    weight, bias = layer.parameters()
+    return weight, bias
+
+
+def test_images_of_a_residual_network_do_not_see_each_other():
+    network, images = random(ResNet(widths=(8, 8))), pixels(4, size=28)
+    torch.testing.assert_close(network(images)[:1], network(images[:1]))
+    assert not network.transductive
+
+
+def test_moved_images_are_averaged_in_evaluation_mode_only():
+    images = pixels(2, size=28)
+    moved, plain = random(ResNet(widths=(8,), shift=2)), random(ResNet(widths=(8,)))
+    torch.testing.assert_close(moved.train()(images), plain(images))
+    framed = F.pad(images, (2, 2, 2, 2))
+    views = [framed[:, :, y : y + 28, x : x + 28] for x, y in ((2, 2), (0, 2), (4, 2), (2, 0), (2, 4))]
+    torch.testing.assert_close(moved.eval()(images), torch.stack([plain(view) for view in views]).mean(0))
+
+
+def test_sizes_of_a_residual_network_are_checked():
+    for options, message in (
+        ({"widths": ()}, "n_blocks"),
+        ({"widths": (8, 0)}, r"widths\[1\]"),
+        ({"shift": -1}, "shift"),
+        ({"widths": (8,) * 6}, "halve a 28×28 image to nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ResNet(**options)
+    with pytest.raises(ValueError, match="takes images of 1×28×28"):
+        ResNet(widths=(8,))(torch.rand(1, 1, 30, 30))

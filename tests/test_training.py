@@ -372,6 +372,24 @@ def test_clip_norm_none_clips_nothing():
     assert start - learner.linear.weight[0, 0].item() == pytest.approx(1e3, rel=1e-12)
 
 
+def test_the_loss_can_be_computed_in_bfloat16():
+    seen = []
+
+    class Watched(Line):
+        def meta_loss(self, episode: Episode) -> Tensor:
+            seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return super().meta_loss(episode)
+
+    for precision in (None, "bfloat16"):
+        fit(Watched(), config=replace(CONFIG, iterations=1, precision=precision))
+    assert seen == [False, torch.bfloat16]
+
+
+def test_an_unknown_precision(unchecked_types: None):
+    with pytest.raises(ValueError, match="precision must be 'bfloat16' or None, got 'half'"):
+        replace(CONFIG, precision="half")
+
+
 def test_a_transform_changes_the_training_tasks_only():
     seen: list[float] = []
     learner = Line()
