@@ -97,10 +97,11 @@ benchmarks: $(INSTALLED) ## install the peers and print the benchmark tables
 studies: $(INSTALLED) ## repeat the recorded studies, which takes hours; some: make studies STUDIES="lake moved"
 	@for study in $(STUDIES); do echo "== $$study"; $(BIN)/python studies/$$study.py || exit 1; done
 
-tables: $(INSTALLED) ## fill the tables, the picture and the drawing pad of README.md and the book, from results/ and the code
+tables: $(INSTALLED) ## fill the tables, the picture and the drawing pads of README.md and the book, from results/ and the code
 	@$(BIN)/python book/_ext/readme_tables.py
 	@$(BIN)/python book/_ext/readme_picture.py
 	@$(BIN)/python book/_ext/alphabet.py
+	@$(BIN)/python book/_ext/redraw.py
 
 stamp: ## write version and address everywhere: make stamp, or make stamp URL=https://github.com/you/fork
 	@$(NEEDS_PYTHON)

@@ -2,14 +2,16 @@
 
     python studies/generation.py --work FOLDER --judge FOLDER/model.safetensors
 
-Three models are trained, some 50 minutes on one core in all: one that looks at a support set, the same without, and the
-latter's decoder adapted by Reptile. The judge is a Prototypical Network that never saw the evaluation alphabets, such
-as `studies/lake.py --train` leaves. Weights that the chapter shows go to `results/studies/`.
+Three models are trained, an hour on one core in all: one that looks at a support set, the same without, and the latter
+with a decoder that MAML adapts, by learned step sizes, one for each layer and step. The judge is a Prototypical Network
+that never saw the evaluation alphabets, such as `studies/lake.py --train` leaves. The weights of the first model go to
+`results/studies/`, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metatutor import ConvNet, EpisodeSpec, Prototypical, Reptile, TrainConfig, train
+from metatutor import MAML, ConvNet, EpisodeSpec, Prototypical, TrainConfig, train
 from metatutor.applications.generation import (
     Adaptable,
     ConditionalVAE,
@@ -29,6 +31,7 @@ from metatutor.applications.generation import (
     drawing_task,
     ink,
     minus_bound,
+    spread_of_places,
 )
 from metatutor.data import Omniglot
 from metatutor.data.warp import warp
@@ -38,10 +41,12 @@ from metatutor.runs import results_folder
 
 Row = dict[str, Any]
 SHOTS = (1, 2, 5, 10)
+HEATS = (0.25, 0.5, 0.75, 1.0)
 PER_CLASS = 20  # drawings of a character, ten of which are support, the others query
-WITH_SUPPORT = TrainConfig(3000, 1, outer_lr=2e-3, warmup=100, checkpoint_every=500, log_every=500)
+WITH_SUPPORT = TrainConfig(5000, 1, outer_lr=2e-3, warmup=100, checkpoint_every=500, log_every=500)
+AGAIN = TrainConfig(3500, 1, outer_lr=1.5e-3, warmup=100, checkpoint_every=500, log_every=500, seed=1)
 WITHOUT = TrainConfig(2500, 1, outer_lr=2e-3, warmup=100, checkpoint_every=500, log_every=500)
-REPTILE = TrainConfig(400, 4, outer_lr=1e-3, warmup=10, checkpoint_every=100, log_every=100)
+ADAPTED = TrainConfig(1000, 4, outer_lr=3e-4, warmup=20, checkpoint_every=50, log_every=50)
 
 
 # --- training ---
@@ -78,17 +83,15 @@ def models(classes: ClassImages, work: Path) -> tuple[dict[str, Any], list[Row]]
     """The three models, and how long each was trained."""
     torch.manual_seed(0)
     with_support, without = ConditionalVAE(), ConditionalVAE(max_shots=0)
-    seconds = [
-        trained(with_support, classes, EpisodeSpec(16, 10, 10), WITH_SUPPORT, work / "with"),
-        trained(without, classes, EpisodeSpec(16, 1, 10), WITHOUT, work / "without"),
-    ]
+    first = trained(with_support, classes, EpisodeSpec(16, 10, 10), WITH_SUPPORT, work / "with")
+    again = trained(with_support, classes, EpisodeSpec(16, 10, 10), AGAIN, work / "again")  # the rate rises once more
+    seconds = [first + again, trained(without, classes, EpisodeSpec(16, 1, 10), WITHOUT, work / "without")]
     start = ConditionalVAE(max_shots=0)
     start.load_state_dict(without.state_dict())
-    adapted = Reptile(
-        Adaptable(start), inner_lr=1e-3, inner_steps=10, test_inner_steps=20, shots_per_step=5, loss=minus_bound
-    )
+    adapted = MAML(Adaptable(start), inner_lr=1e-4, inner_steps=3, learned_lr="layer", loss=minus_bound)
     torch.manual_seed(0)
-    seconds.append(trained(adapted, Redrawn(classes), EpisodeSpec(1, 10, 1), REPTILE, work / "reptile"))
+    seconds.append(trained(adapted, Redrawn(classes), EpisodeSpec(1, 3, 10), ADAPTED, work / "adapted"))
+    with_support.places.copy_(spread_of_places(drawings_of(replace(classes, rotations=False))))
     found = {"with support": with_support, "without": without, "adapted": adapted}
     names = zip(found, seconds, strict=True)
     return found, [{"what": "training", "model": name, "seconds": time} for name, time in names]
@@ -115,10 +118,10 @@ def bounds(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 28
                 )
             yield {"what": "bound", "model": name, "shots": shots} | _mean(of_classes)
     torch.manual_seed(0)
-    adapted, chosen = found["adapted"], drawings[::4]
+    adapted = found["adapted"]
     for shots in SHOTS:
-        task = drawing_task(chosen[:, :shots], chosen[:, 10:])
-        outputs = torch.cat([adapted(task.tasks(slice(i, i + 8))) for i in range(0, len(chosen), 8)])
+        task = drawing_task(drawings[:, :shots], drawings[:, 10:])
+        outputs = torch.cat([adapted(task.tasks(slice(i, i + 8))).detach() for i in range(0, len(drawings), 8)])
         pairs = zip(outputs, task.query_labels, strict=True)
         yield {"what": "bound", "model": "adapted", "shots": shots} | _mean(
             torch.stack([-minus_bound(*p) for p in pairs])
@@ -129,13 +132,12 @@ def weighted(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 
     """The bound by several samples of `z`, on one drawing of every third character."""
     chance = torch.Generator().manual_seed(0)
     for name, shots in (("without", 0), ("with support", 1), ("with support", 5)):
-        model = found[name]
+        model, chosen = found[name], drawings[::3]
+        with torch.no_grad():
+            contexts = torch.cat([model.context(own[:shots]) for own in chosen])
         for samples in (1, 50, 500):
-            each = [
-                model.log_likelihood(own[10:11], model.context(own[:shots]), chance, samples=samples)
-                for own in drawings[::3]
-            ]
-            yield {"what": "weighted", "model": name, "shots": shots, "samples": samples} | _mean(torch.cat(each))
+            each = model.log_likelihood(chosen[:, 10], contexts, chance, samples=samples)
+            yield {"what": "weighted", "model": name, "shots": shots, "samples": samples} | _mean(each)
 
 
 # --- recognisable, copied? ---
@@ -163,7 +165,10 @@ def overlap(drawn: Drawings, others: Drawings) -> Float[Tensor, " n"]:
 def looked_at(
     found: dict[str, Any], judge: Prototypical, drawings: Float[Tensor, "class drawing 1 28 28"], n_tasks: int = 60
 ) -> Iterator[Row]:
-    """Accuracy of the judge among 20 characters, and overlap with the support set, of samples and of real drawings."""
+    """Accuracy of the judge among 20 characters, and overlap with the support set, of samples and of real drawings.
+
+    `unseen` is the overlap of samples with as many drawings of their character that the model was not shown.
+    """
     chance = torch.Generator().manual_seed(0)
     tasks = [torch.randperm(len(drawings), generator=chance)[:20] for _ in range(n_tasks)]
     real = [drawings[task] for task in tasks]
@@ -172,33 +177,35 @@ def looked_at(
     for shots in SHOTS:
         copied = torch.stack([overlap(own[10:], own[:shots]).mean() for task in real for own in task])
         yield {"what": "overlap", "model": "real drawings", "shots": shots} | _mean(copied)
-    settings = [("without", 0, 1.0)] + [("with support", shots, heat) for shots in SHOTS for heat in (0.5, 0.75, 1.0)]
+    settings = [("without", 0, 1.0)] + [("with support", shots, heat) for shots in SHOTS for heat in HEATS]
     for name, shots, heat in settings:
-        accuracies, copied = [], []
+        accuracies, copied, unseen = [], [], []
         for own in real:
             drawn = torch.stack([found[name].draw(one[:shots], 5, chance, temperature=heat) for one in own])
             accuracies.append(judged(judge, own[:, 10:15], drawn))
             copied += [overlap(*pair).mean() for pair in zip(drawn, own[:, :shots], strict=True) if shots]
+            unseen += [overlap(*pair).mean() for pair in zip(drawn, own[:, 10 : 10 + shots], strict=True) if shots]
         row: Row = {"model": name, "shots": shots, "temperature": heat}
         yield {"what": "judge"} | row | _mean(torch.stack(accuracies))
         if shots:
-            yield {"what": "overlap"} | row | _mean(torch.stack(copied))
+            yield {"what": "overlap"} | row | _mean(torch.stack(copied)) | {"unseen": torch.stack(unseen).mean().item()}
 
 
 # --- useful? ---
 
 
-def classifier(images: Drawings, labels: Tensor, *, warped: bool, seed: int, steps: int = 80) -> ConvNet:
+def classifier(images: Drawings, labels: Tensor, *, warped: bool, seed: int, steps: int = 60) -> ConvNet:
     """A small network for 20 characters, trained from nothing on some drawings, warped at random or not."""
     torch.manual_seed(seed)
     network = ConvNet(20, filters=32)
     descent = torch.optim.Adam(network.parameters(), lr=3e-3)
     chance = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        chosen = torch.randint(len(images), (100,), generator=chance)
+        chosen = torch.randint(len(images), (60,), generator=chance)
         batch = images[chosen][None]
         if warped:
-            batch = warp(Episode(batch, labels[chosen][None], batch, labels[chosen][None], n_way=20)).query_images
+            zeros = torch.zeros(1, len(chosen), dtype=torch.long)  # whatever they show
+            batch = warp(Episode(batch, zeros, batch[:, :1])).support_images
         loss = F.cross_entropy(network(batch[0]), labels[chosen])
         descent.zero_grad()
         loss.backward()
@@ -206,7 +213,7 @@ def classifier(images: Drawings, labels: Tensor, *, warped: bool, seed: int, ste
     return network
 
 
-def useful(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 28"], n_tasks: int = 20) -> Iterator[Row]:
+def useful(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 28"], n_tasks: int = 12) -> Iterator[Row]:
     """Accuracy among 20 unseen characters of a classifier from nothing, with samples as additional training images."""
     chance, model = torch.Generator().manual_seed(1), found["with support"]
     tasks = [torch.randperm(len(drawings), generator=chance)[:20] for _ in range(n_tasks)]
@@ -215,7 +222,7 @@ def useful(found: dict[str, Any], drawings: Float[Tensor, "class drawing 1 28 28
         for seed, task in enumerate(tasks):
             own, labels = drawings[task], torch.arange(20)
             real = own[:, :shots]
-            drawn = torch.stack([model.draw(one, 20, chance, temperature=0.75) for one in real])
+            drawn = torch.stack([model.draw(one, 20, chance, temperature=0.5) for one in real])
             more = torch.cat([real.repeat(1, 20 // shots, 1, 1, 1), drawn], dim=1)  # half real, half drawn
             for name, made in {"nothing": real, "warps": real, "samples": more, "both": more}.items():
                 of_images = labels.repeat_interleave(made.shape[1])
@@ -248,9 +255,8 @@ def main(work: Path, judge: Path, data: Path | None = None) -> None:
     looking = Prototypical(ConvNet(pooling="max", normalization="group"))
     looking.load_state_dict(load_file(judge))
     looking.eval()
-    for name, learner in (("generation", found["with support"]), ("judge", looking)):
-        halves = {key: value.half().contiguous() for key, value in learner.state_dict().items()}
-        save_file(halves, results_folder() / f"studies/{name}.safetensors")
+    halves = {key: value.half().contiguous() for key, value in found["with support"].state_dict().items()}
+    save_file(halves, results_folder() / "studies/generation.safetensors")
     drawings = drawings_of(Omniglot.load(data).split("lake", rotations=False).test)
     measured = bounds(found, drawings), weighted(found, drawings), looked_at(found, looking, drawings)
     for part in (*measured, useful(found, drawings)):

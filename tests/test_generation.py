@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from metatutor.applications.generation import Adaptable, ConditionalVAE, Gaussian, drawing_task, ink, minus_bound
+from metatutor.applications.generation import (
+    Adaptable,
+    ConditionalVAE,
+    Gaussian,
+    drawing_task,
+    ink,
+    minus_bound,
+    placed,
+    spread_of_places,
+)
 from metatutor.data import Strokes
 from metatutor.episodes import Episode, EpisodeSampler, EpisodeSpec
 from metatutor.optimization import Reptile
@@ -22,7 +32,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def small(seed: int = 0, **options: int) -> ConditionalVAE:
+def small(seed: int = 0, **options: Any) -> ConditionalVAE:
     torch.manual_seed(seed)
     return ConditionalVAE(latent=4, width=8, **options)
 
@@ -227,6 +237,31 @@ def test_drawings_are_probabilities_the_same_for_the_same_chance_and_alike_when_
     cold = model.draw(DRAWINGS[:2], 5, generator(3), temperature=0.0)
     torch.testing.assert_close(cold, cold[:1].expand_as(cold))
     assert one.std(0).mean() > 0
+
+
+def test_what_the_temperature_takes_from_the_place_is_given_back() -> None:
+    model = small()
+    model.places[2] = 0.2  # moved across
+    warm, still = (model.draw(DRAWINGS[:2], 5, generator(3), temperature=1.0) for model in (model, small()))
+    torch.testing.assert_close(warm, still)
+    cold = model.draw(DRAWINGS[:2], 5, generator(3), temperature=0.0)
+    assert cold.std(0).mean() > 0.01
+
+
+def test_drawings_are_moved_by_pixels_and_paper_follows() -> None:
+    logits = torch.randn(1, 1, 28, 28)
+    torch.testing.assert_close(placed(logits, torch.zeros(1, 6)), logits)
+    moved = placed(logits, torch.tensor([[0, 0, 2 / 28 * 3, 0, 0, -2 / 28]]))  # fetched from 3 to the right, 1 above
+    torch.testing.assert_close(moved[:, :, 1:, :-3], logits[:, :, :-1, 3:])
+    assert moved[:, :, 0].allclose(torch.tensor(-8.0)) and moved[:, :, :, -3:].allclose(torch.tensor(-8.0))
+
+
+def test_the_spread_of_places_is_what_drawings_were_placed_by() -> None:
+    spread = torch.tensor([0.1, 0.12, 0.05, 0.0, 0.08, 0.06])
+    square = F.pad(torch.ones(12, 12), (8, 8, 8, 8)) * 16 - 8  # logits of a solid square
+    places = spread * torch.randn(4000, 6, generator=generator())
+    drawn = placed(square.expand(4000, 1, 28, 28), places).sigmoid()
+    assert (spread_of_places(drawn[None]) - spread).abs().max() < 0.015
 
 
 def test_ink_is_more_than_half() -> None:

@@ -28,6 +28,7 @@ Drawings = Float[Tensor, "n 1 28 28"]
 Maps = Float[Tensor, "n channel 7 7"]
 Context = Float[Tensor, "#n channel 7 7"]  # of each image, or of all of them
 _SIDE, _QUARTER = 28, 7
+_PAPER = -8.0  # logit of a pixel beyond the margin
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class ConditionalVAE(Learner):
         max_shots: in training, a task shows a random number of its support images of each class, from 1 to this; 0:
             none, for a model without support.
 
+    Attributes:
+        places: how much drawings of one character differ in place, `[6]`, see `spread_of_places`; zeros until measured.
+
     Raises:
         ValueError: if images are not 1×28×28.
 
@@ -88,6 +92,8 @@ class ConditionalVAE(Learner):
         context of a set: Edwards & Storkey (2017); Garnelo et al. (2018), section 2.
     """
 
+    places: Float[Tensor, " 6"]
+
     def __init__(self, *, latent: int = 32, width: int = 64, max_shots: int = 10) -> None:
         check_sizes(latent=latent, width=width)
         check_not_negative(max_shots=max_shots)
@@ -97,6 +103,7 @@ class ConditionalVAE(Learner):
         self.prior = Belief(width + 1, latent)
         self.posterior = Belief(2 * width + 1, latent)
         self.decoder = Decoder(latent, width + 1, width)
+        self.register_buffer("places", torch.zeros(6))
 
     # --- as a learner ---
 
@@ -186,6 +193,10 @@ class ConditionalVAE(Learner):
     ) -> Drawings:
         """New drawings of the character that the support images show: how probable ink is, pixel by pixel.
 
+        A low temperature makes clear shapes, but also puts them all in the same place, as people do not. What it takes
+        from the variance of the place is given back: each drawing is stretched, sheared and moved at random, by
+        `sqrt(1 - temperature²)` times `places`.
+
         Args:
             support_images: drawings of one character; none of them: any character.
             n: how many to draw.
@@ -199,7 +210,9 @@ class ConditionalVAE(Learner):
         check_not_negative(temperature=temperature)
         context = self.context(support_images)
         values = self.prior(context).at(temperature * _noise((n, self.latent), generator, self))
-        return self.decoder(values, context.expand(n, -1, -1, -1)).sigmoid()
+        logits = self.decoder(values, context.expand(n, -1, -1, -1))
+        given_back = math.sqrt(max(0.0, 1 - temperature**2)) * self.places
+        return placed(logits, given_back * _noise((n, 6), generator, self)).sigmoid()
 
 
 # --- adapted by gradients ---
@@ -315,6 +328,38 @@ class Decoder(nn.Module):
         maps = F.pixel_shuffle(self.up_to_14(F.silu(maps)), 2)
         maps = maps + self.at_14(F.silu(maps))
         return self.last(F.silu(F.pixel_shuffle(self.up_to_28(F.silu(maps)), 2)))
+
+
+# --- where a drawing lies ---
+
+
+def placed(logits: Float[Tensor, "n 1 28 28"], places: Float[Tensor, "n 6"]) -> Float[Tensor, "n 1 28 28"]:
+    """Every image moved by an affine map, bilinearly; what comes from beyond the margin is paper.
+
+    The pixel at `p`, counted from the middle in halves of the width, is fetched from `p + A p + t`; `places` are `A`
+    and `t`, row by row: `[A11, A12, t1, A21, A22, t2]`.
+    """
+    maps = torch.eye(2, 3).to(logits) + places.view(-1, 2, 3)
+    grid = F.affine_grid(maps, list(logits.shape), align_corners=False)
+    return F.grid_sample(logits - _PAPER, grid, align_corners=False) + _PAPER
+
+
+def spread_of_places(drawings: Float[Tensor, "class drawing 1 28 28"]) -> Float[Tensor, " 6"]:
+    """How much drawings of one character differ in width, slant, height and place: standard deviations for `placed`.
+
+    The ink of each drawing has a middle and second moments around it. From these come the logarithms of its standard
+    deviations across and down, and a slant, the covariance over the mean of both variances. What counts is how they
+    differ between the drawings of a character.
+    """
+    axis = (torch.arange(_SIDE) + 0.5) / (_SIDE / 2) - 1
+    weights = ink(drawings).squeeze(2) + 1e-6  # [class, drawing, row, column]
+    weights = weights / weights.sum((2, 3), keepdim=True)
+    middles = [(weights * at).sum((2, 3), keepdim=True) for at in (axis, axis[:, None])]
+    x, y = axis - middles[0], axis[:, None] - middles[1]
+    across, down, both = ((weights * product).sum((2, 3)) for product in (x * x, y * y, x * y))
+    found = (across.log() / 2, 2 * both / (across + down), middles[0].flatten(1), down.log() / 2, middles[1].flatten(1))
+    width, slant, to_right, height, to_below = (of.var(1).mean().sqrt() for of in found)
+    return torch.stack([width, slant, to_right, torch.zeros(()), height, to_below])
 
 
 def _context(

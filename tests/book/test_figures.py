@@ -51,6 +51,7 @@ def three_tasks() -> Episode:
 
 ALL: dict[str, Callable[[], Picture]] = {
     "characters": lambda: figures.characters({"Omniglot": torch.rand(6, 28, 28), "Strokes": torch.rand(4, 28, 28)}),
+    "redrawn": lambda: figures.redrawn([(torch.rand(28, 28), torch.rand(12, 28, 28)) for _ in range(3)]),
     "task": lambda: figures.task(episode()),
     "lines": lambda: figures.lines({"a": ([1, 2], [0.1, 0.2]), "b": ([1, 2], [0.3, 0.2])}, x="step", y="loss (nats)"),
     "lines, intervals": lambda: figures.lines({"a": ([1, 2], [0.1, 0.2], [0.05, 0.01])}, x="ways", y="accuracy"),

@@ -10,7 +10,7 @@ from metatutor.book.figures.compare import cost, differences, places
 from metatutor.book.figures.concepts import families
 from metatutor.book.figures.curves import bands, by_layer, certainty, intervals, learning_curve, lines, slopes
 from metatutor.book.figures.filling import filling_memory
-from metatutor.book.figures.images import adaptation, answers, characters, task
+from metatutor.book.figures.images import adaptation, answers, characters, redrawn, task
 from metatutor.book.figures.interactive import movable_plane
 from metatutor.book.figures.memory import attention_on_support, fast_weights, memory_steps, usage_over_time
 from metatutor.book.figures.metric import confusions, embedding, matrices, plane
@@ -54,6 +54,7 @@ __all__ = [
     "movable_plane",
     "places",
     "plane",
+    "redrawn",
     "slopes",
     "stepper",
     "table",

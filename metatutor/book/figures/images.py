@@ -38,6 +38,25 @@ def characters(rows: Mapping[str, Drawings]) -> Picture:
 
 
 @styled
+def redrawn(rows: Sequence[tuple[Drawing, Drawings]]) -> Picture:
+    """Rows of drawings: in a frame the one that was seen, beside it others of the same character.
+
+    Args:
+        rows: what was seen, and the others, equally many in each row.
+    """
+    n = len(rows[0][1])
+    figure = picture(len(rows) * WIDTH / (n + 1.4))
+    axes = figure.subplots()
+    axes.set(xlim=(-0.6, n + 0.9), ylim=(-len(rows) + 0.4, 0.6), aspect="equal")
+    axes.axis("off")
+    for row, (seen, others) in enumerate(rows):
+        stamp(axes, seen, 0, -row, BLUE)
+        for i, other in enumerate(others):
+            draw(axes, other, (i + 0.95, i + 1.85, -row - 0.45, -row + 0.45))
+    return figure
+
+
+@styled
 def task(episode: Episode, index: int = 0) -> Picture:
     """One task: the support images by class, and below them the query images, in an order that gives nothing away.
 

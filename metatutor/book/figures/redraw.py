@@ -30,7 +30,14 @@ def drawn_again(model: ConditionalVAE) -> Shown:
     size = f"{len(weights) / 1e6:.1f} MB"
     inline, source = (weights, "") if live() else ("", SOURCE)
     shapes = json.dumps([(name, shape_of(weight)) for name, (weight, _) in layers.items()], separators=(",", ":"))
-    gaps = {"shapes": shapes, "latent": model.latent, "weights": inline, "source": source, "size": size}
+    gaps = {
+        "shapes": shapes,
+        "latent": model.latent,
+        "places": model.places.tolist(),
+        "weights": inline,
+        "source": source,
+        "size": size,
+    }
     return widget("redraw", id=identity("redraw", weights), **gaps)
 
 
