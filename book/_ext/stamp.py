@@ -28,13 +28,14 @@ MUST_REPEAT = {
     "book/index.md": ("git+{repository}", "{colab}/blob/main/"),
 }
 FIRST_CELL = """\
-# Where the package is missing, on Colab for instance, install this notebook's version; the PyTorch that is there stays.
+# Where the package is missing, as on Colab, install it; a PyTorch already there stays.
 from importlib import metadata, util
 
-if not (any(metadata.distributions(name="metatutor")) or getattr(util.find_spec("metatutor"), "origin", None)):
+spec = util.find_spec("metatutor")
+if not (any(metadata.distributions(name="metatutor")) or getattr(spec, "origin", None)):
     %pip install -q "metatutor[chapters] @ git+{repository}@v{version}"
 if not getattr(util.find_spec("metatutor"), "origin", None):
-    raise ImportError("metatutor is missing: pip says above why, or a folder of that name hides it")
+    raise ImportError("metatutor is missing: pip says why, or a folder hides it")
 """
 
 
