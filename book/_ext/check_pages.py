@@ -1,7 +1,8 @@
 """Look over the built pages as a reader's browser would: `python book/_ext/check_pages.py _build/html`.
 
-Fails if a picture has no alternative text, or a link or file inside the book does not exist. Sphinx checks the
-references in the sources; this checks what came out, the pictures that notebooks drew included.
+Fails if a picture has no alternative text, a link or file inside the book does not exist, a page loads something from
+elsewhere, or a formula could not be set. Sphinx checks the references in the sources; this checks what came out, the
+pictures that notebooks drew included.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ NOT_PAGES = {"genindex.html", "search.html", "py-modindex.html"}
 
 
 class Page(HTMLParser):
-    """The ids, pictures and links of one HTML page."""
+    """The ids, pictures and links of one HTML page, what it loads, and the formulas that could not be set."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.ids: set[str] = set()
         self.targets: list[str] = []
         self.pictures: list[tuple[str, str | None]] = []
+        self.loaded: list[str] = []
+        self.unset: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -32,6 +35,11 @@ class Page(HTMLParser):
             self.pictures.append((attributes.get("src") or "", attributes.get("alt")))
         if tag == "svg" and attributes.get("role") == "img" and not attributes.get("aria-hidden"):
             self.pictures.append(("an inline drawing", attributes.get("aria-label")))
+        fetched = attributes.get("rel") in ("stylesheet", "preload", "icon", "shortcut icon")
+        if tag in ("script", "img", "iframe", "source") or (tag == "link" and fetched):
+            self.loaded.append(attributes.get("src") or attributes.get("href") or "")
+        if "katex-error" in (attributes.get("class") or ""):
+            self.unset.append(attributes.get("title") or "")
         for name in ("href", "src"):
             if tag in ("a", "img", "script", "link") and attributes.get(name):
                 self.targets.append(attributes[name] or "")
@@ -49,6 +57,8 @@ def problems(folder: Path) -> list[str]:
             # a picture whose text is its own file name was given none: that is what a notebook's plot falls back to
             if not (text or "").strip() or (text or "").endswith((".png", ".svg", ".jpg", ".jpeg")):
                 found.append(f"{where}: no alternative text for {source[:60]}")
+        found += [f"{where}: loads {address} from elsewhere" for address in page.loaded if urlsplit(address).netloc]
+        found += [f"{where}: a formula cannot be set: {reason}" for reason in page.unset]
         for target in page.targets:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
@@ -68,7 +78,8 @@ def main(folder: str) -> int:
         print(f"there is no folder {folder}; build the book first: make book", file=sys.stderr)
         return 1
     found = problems(Path(folder))
-    print("\n".join(found) if found else "every picture has a text, every link inside the book a target")
+    sound = "every picture has a text, every link inside the book a target; nothing is loaded from elsewhere"
+    print("\n".join(found) if found else sound)
     return 1 if found else 0
 
 

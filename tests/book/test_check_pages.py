@@ -29,6 +29,9 @@ def test_a_sound_page_passes(tmp_path: Path) -> None:
         '<a href="missing.html">x</a>',
         '<a href="#missing">x</a>',
         '<script src="missing.js"></script>',
+        '<script src="https://example.org/x.js"></script>',
+        '<link rel="stylesheet" href="//example.org/x.css">',
+        '<span class="katex-error" title="no such command">x</span>',
     ],
 )
 def test_a_fault_is_found(tmp_path: Path, body: str) -> None:
