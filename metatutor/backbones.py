@@ -228,7 +228,7 @@ class ConvNet(Embedding):
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the last convolutional block."""
-        check_images(images, self.image_shape)
+        _check_images(images, self.image_shape)
         for block in self.blocks:
             images = block(images, n_support)
         return images
@@ -328,8 +328,7 @@ class ResNet(Embedding):
         if 2 ** len(widths) > 2 * image_size:
             raise ValueError(f"{len(widths)} blocks halve a {image_size}×{image_size} image to nothing; use fewer")
         self.n_outputs, self.shift, self.image_shape = n_outputs, shift, (in_channels, image_size, image_size)
-        self.first = nn.Conv2d(in_channels, widths[0], 3, 2, 1, bias=False)
-        self.norm = nn.GroupNorm(gcd(8, widths[0]), widths[0])
+        self.first = _normalised(in_channels, widths[0], stride=2)
         pairs = list(pairwise([widths[0], *widths]))
         self.blocks = nn.ModuleList(ResidualBlock(i, o, halves=n + 1 < len(pairs)) for n, (i, o) in enumerate(pairs))
         size = -(-image_size // 2 ** len(widths))
@@ -341,21 +340,21 @@ class ResNet(Embedding):
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
         """What leaves the last block."""
-        check_images(images, self.image_shape)
+        _check_images(images, self.image_shape)
         if self.training or not self.shift:
             return self._features(images)
         sides = [(self.shift * x, self.shift * y) for x, y in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))]
         return torch.stack([self._features(F.pad(images, (x, -x, y, -y))) for x, y in sides]).mean(0)
 
     def _features(self, images: Images) -> Float[Tensor, "n filter h w"]:
-        images = F.relu(self.norm(self.first(images)))
+        images = F.relu(self.first(images))
         for block in self.blocks:
             images = block(images)
         return images
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last layer, in full precision."""
-        return self.features(images, n_support).flatten(1).float()
+        """What enters the last layer, in the precision of the images, under autocast too."""
+        return self.features(images, n_support).flatten(1).to(images.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -363,23 +362,22 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, halves: bool) -> None:
         super().__init__()
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(i, out_channels, size, padding=size // 2, bias=False)
-            for i, size in ((in_channels, 3), (out_channels, 3), (in_channels, 1))
-        )
-        self.norms = nn.ModuleList(nn.GroupNorm(gcd(8, out_channels), out_channels) for _ in range(3))
-        self.halves = halves
+        self.first, self.second = _normalised(in_channels, out_channels), _normalised(out_channels, out_channels)
+        self.beside, self.halves = _normalised(in_channels, out_channels, size=1), halves
 
     def forward(self, images: Tensor) -> Tensor:
         """`[n, c_in, h, w]` -> `[n, c_out, h, w]`, or half as high and wide, rounded up."""
-        first, second, beside = (
-            lambda x, c=c, n=n: n(c(x)) for c, n in zip(self.convolutions, self.norms, strict=True)
-        )
-        images = second(F.relu(first(images))) + beside(images)
+        images = self.second(F.relu(self.first(images))) + self.beside(images)
         return F.relu(F.max_pool2d(images, 2, ceil_mode=True) if self.halves else images)
 
 
-def check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
+def _normalised(in_channels: int, out_channels: int, *, size: int = 3, stride: int = 1) -> nn.Sequential:
+    """A convolution and group normalisation."""
+    convolution = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(gcd(8, out_channels), out_channels))
+
+
+def _check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """Raise a `ValueError` if a network of that `image_shape` does not take the images."""
     if tuple(images.shape[1:]) != shape:
         found, wanted = ("×".join(map(str, sizes)) for sizes in (images.shape[1:], shape))

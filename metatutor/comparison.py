@@ -49,7 +49,7 @@ class Row:
         name: of the recorded evaluation.
         ours: what it came to.
         as_published: what it came to under the paper's own rules, where these differ from ours: as many query images as
-            the paper asks, which matters if they are answered together, or the paper's split; None: not recorded.
+            the paper asks, which matters if they are answered together; None: not recorded.
         paper: the published number with its source and protocol; None if there is none.
         train_seconds, parameters, peak_memory_mib: of the training whose weights were evaluated.
         ms_a_task: milliseconds to adapt to one task and answer it, by itself, on one thread; None: not measured.
@@ -73,8 +73,7 @@ class Row:
         found = self.as_published
         if found is None:
             return "–"
-        queries = f"{found.n_query} quer{'y' if found.n_query == 1 else 'ies'} a class"
-        return f"{found} ({queries if found.n_query != self.ours.n_query else 'split of Vinyals et al.'})"
+        return f"{found} ({found.n_query} quer{'y' if found.n_query == 1 else 'ies'} a class)"
 
     @property
     def papers_cell(self) -> str:

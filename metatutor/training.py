@@ -288,8 +288,8 @@ class _State:
     def step(self, episode: Episode, accelerator: Any) -> float:
         """Take a step of the outer optimizer, but none if the loss, which is returned, is not finite."""
         self.optimizer.zero_grad()
-        half = self.config.precision == "bfloat16"  # accelerate has one precision for the whole process
-        with torch.autocast(self.learner.device.type, torch.bfloat16) if half else accelerator.autocast():
+        lower = self.config.precision == "bfloat16"  # accelerate has one precision for the whole process
+        with torch.autocast(self.learner.device.type, torch.bfloat16) if lower else accelerator.autocast():
             loss = accumulate(self.learner, episode, self.config.tasks_at_once, accelerator.backward)
         mean, together = partial(accelerator.reduce, reduction="mean"), accelerator.num_processes > 1
         parameters = [p for p in self.learner.parameters() if p.grad is not None]

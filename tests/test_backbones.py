@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metatutor import MAML, Prototypical
 from metatutor.backbones import MLP, ConvBlock, ConvNet, Embedding, Network, Normalization, Pixels, Pooling, ResNet
+from metatutor.testing import check_learner
 
 AnyNetwork = TypeVar("AnyNetwork", bound=Network)
 
@@ -395,20 +397,22 @@ def test_a_residual_network_halves_by_its_first_convolution_and_every_block_but_
 def test_a_residual_block_is_what_its_paper_writes():
     network = random(ResNet(widths=(8, 16)))
     images, [block, last] = pixels(3, channels=1, size=28), network.blocks
-    maps = F.relu(F.group_norm(F.conv2d(images, network.first.weight, stride=2, padding=1), 8, *norm(network.norm)))
-    for residual, groups, halves in ((block, 8, True), (last, 8, False)):
-        first, second, beside = residual.convolutions
-        norms = [norm(layer) for layer in residual.norms]
-        path = F.relu(F.group_norm(F.conv2d(maps, first.weight, padding=1), groups, *norms[0]))
-        path = F.group_norm(F.conv2d(path, second.weight, padding=1), groups, *norms[1])
-        maps = F.relu(path + F.group_norm(F.conv2d(maps, beside.weight), groups, *norms[2]))
+    weight, *norm = network.first.parameters()
+    maps = F.relu(F.group_norm(F.conv2d(images, weight, stride=2, padding=1), 8, *norm))
+    for residual, halves in ((block, True), (last, False)):
+        (first, *norm_1), (second, *norm_2), (beside, *norm_3) = (
+            layers.parameters() for layers in (residual.first, residual.second, residual.beside)
+        )
+        path = F.relu(F.group_norm(F.conv2d(maps, first, padding=1), 8, *norm_1))
+        path = F.group_norm(F.conv2d(path, second, padding=1), 8, *norm_2)
+        maps = F.relu(path + F.group_norm(F.conv2d(maps, beside), 8, *norm_3))
         maps = F.max_pool2d(maps, 2) if halves else maps
     torch.testing.assert_close(network.features(images), maps)
 
 
-def norm(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    weight, bias = layer.parameters()
-    return weight, bias
+@pytest.mark.parametrize("method", [MAML, Prototypical])
+def test_a_residual_network_keeps_the_contract_in_double_precision_too(method: Any):
+    check_learner(method(ResNet(5, widths=(8, 8))))
 
 
 def test_images_of_a_residual_network_do_not_see_each_other():

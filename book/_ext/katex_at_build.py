@@ -1,4 +1,4 @@
-"""KaTeX sets the formulas while the book is built, by the JavaScript engine that pip has installed with pyright."""
+"""KaTeX sets the formulas while the book is built, in the node that pip installs."""
 
 from __future__ import annotations
 

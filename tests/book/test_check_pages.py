@@ -6,6 +6,7 @@ from pathlib import Path
 
 import check_pages
 import pytest
+from sphinxcontrib import katex
 
 GOOD = '<h1 id="top">A</h1><a href="#top">up</a><a href="https://example.org/x">out</a><img src="a.png" alt="A line.">'
 
@@ -41,3 +42,8 @@ def test_a_fault_is_found(tmp_path: Path, body: str) -> None:
 def test_there_must_be_pages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_pages.main(str(tmp_path / "nowhere")) == 1
     assert "make book" in capsys.readouterr().err
+
+
+def test_the_styles_of_formulas_are_of_the_version_that_sets_them() -> None:
+    styles = Path(check_pages.__file__).parents[1] / "_static/katex/katex.min.css"
+    assert f'"{katex.katex_version}"' in styles.read_text(encoding="utf-8")

@@ -70,16 +70,15 @@ def test_it_draws_what_the_package_draws(page: Window) -> None:
     generator = torch.Generator().manual_seed(0)
     drawing = ink(torch.rand(1, 1, 28, 28, generator=generator, dtype=torch.float64))
     noise = torch.randn(3, 5 + 6, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        context = rounded.context(drawing)
-        logits = rounded.decoder(rounded.prior(context).at(0.6 * noise[:, :5]), context.expand(3, -1, -1, -1))
-        expected = placed(logits, 0.8 * rounded.places * noise[:, 5:]).sigmoid().flatten(1)  # 0.6² + 0.8² = 1
-    call = f"""(() => {{ const {{redrawn, unpack}} = {BOX}.network; unpack({json.dumps(packed(model()))});
-      const ink = Float64Array.from({drawing.flatten().tolist()});
-      return redrawn(ink, {noise.tolist()}, 0.6).map((drawn) => [...drawn]); }})()"""
-    found = torch.tensor(page.run(call), dtype=torch.float64)
-    assert expected.std(0).mean() > 1e-3
-    assert (found - expected).abs().max() < 1e-4
+    context = rounded.context(drawing)
+    page.run(f"{BOX}.network.unpack({json.dumps(packed(model()))})")
+    for heat, back in ((0.6, 0.8), (0.0, 1.0), (1.3, 0.0)):  # heat² + back² = 1, or all is left as it is
+        logits = rounded.decoder(rounded.prior(context).at(heat * noise[:, :5]), context.expand(3, -1, -1, -1))
+        expected = placed(logits, back * rounded.places * noise[:, 5:]).sigmoid().flatten(1).detach()
+        call = f"{BOX}.network.redrawn(Float64Array.from({drawing.flatten().tolist()}), {noise.tolist()}, {heat})"
+        found = torch.tensor(page.run(f"{call}.map((drawn) => [...drawn])"), dtype=torch.float64)
+        assert expected.std(0).mean() > 1e-3
+        assert (found - expected).abs().max() < 1e-4
 
 
 @in_a_browser
