@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metatutor import ConvNet, Episode, EpisodeSpec, Matching, Prototypical, Relation, Siamese, TrainConfig, train
 from metatutor.backbones import Normalization
 from metatutor.embedding import EmbeddingLearner
+from metatutor.metric.prototypical import Distance, similarity
 from metatutor.testing import check_learner
 from tests.tasks import Always, close
 
@@ -22,6 +23,7 @@ METHODS: dict[str, Callable[..., EmbeddingLearner]] = {
     "prototypical": Prototypical,
     "prototypical, euclidean": lambda network, **more: Prototypical(network, distance="euclidean", **more),
     "prototypical, cosine": lambda network, **more: Prototypical(network, distance="cosine", **more),
+    "prototypical, in turn": lambda network, **more: Prototypical(network, in_turn=True, **more),
     "matching": Matching,
     "matching, full context": lambda network, **more: Matching(network, full_context=True, **more),
     "relation": Relation,
@@ -75,6 +77,44 @@ def test_prototypical_by_a_loop(distance):
                 squared = ((x - prototype) ** 2).sum()
                 expected[q, c] = -squared if distance == "squared" else -squared.sqrt()
     assert torch.allclose(method(task)[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("k_shot", [1, 2])
+def test_every_image_is_a_support_image_in_turn(k_shot: int):
+    task, method = episode(2, k_shot=k_shot, n_query=3), Prototypical(small(), in_turn=True)
+    losses = []
+    for i in range(2):
+        support, query = embeddings(method, task.task(i))
+        of_class = [torch.cat([support[k_shot * c :][:k_shot], query[3 * c :][:3]]) for c in range(3)]
+        for turn in range(n := k_shot + 3):
+            chosen = [(j - turn) % n for j in range(k_shot)]
+            centres = [rows[chosen].mean(0) for rows in of_class]
+            for c, rows in enumerate(of_class):
+                for j in set(range(n)) - set(chosen):
+                    distances = torch.stack([((rows[j] - centre) ** 2).sum() for centre in centres])
+                    losses.append(-(-distances).log_softmax(0)[c])
+    assert close(method.meta_loss(task), torch.stack(losses).mean())
+    plain = Prototypical(method.network)
+    assert close(method(task), plain(task))  # answers are as ever, and so is fine-tuning
+    assert close(method.finetune_loss(task), plain.finetune_loss(task))
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_classes_of_unlike_size_cannot_take_turns():
+    task = episode(1)
+    uneven = replace(task, query_labels=task.query_labels.clamp(max=1))
+    with pytest.raises(ValueError, match="in_turn needs as many images of every class"):
+        Prototypical(small(), in_turn=True).meta_loss(uneven)
+
+
+def test_autocast_rounds_no_distance():
+    """Of embeddings alone, far from zero, where eight bits would tell nothing apart."""
+    query, prototypes = 100 + torch.rand(1, 6, 16), 100 + torch.rand(1, 3, 16)
+    for distance in get_args(Distance):
+        with torch.autocast("cpu", torch.bfloat16):
+            found = similarity(query, prototypes, distance)
+        expected = similarity(query.double(), prototypes.double(), distance)
+        assert found.dtype == torch.float32 and (found - expected).abs().max() < 0.1
 
 
 def test_squared_distances_make_a_linear_classifier():
@@ -207,7 +247,7 @@ def test_learns_one_episode_by_heart(name: str):
 # --- the loss is an argument ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "siamese"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("siamese", "prototypical, in turn")])
 def test_a_loss_of_ones_own_counts(name: str):
     """A module too, such as cross-entropy with smoothed labels; in the meta-loss and in fine-tuning."""
     task, smooth = episode(2), nn.CrossEntropyLoss(label_smoothing=0.1)

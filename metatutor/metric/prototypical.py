@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -26,9 +27,14 @@ class Prototypical(EmbeddingLearner):
     is the linear classifier that fits Gaussian classes of equal spread. `"euclidean"` leaves the square out,
     `"cosine"` compares directions; both are here to show the difference.
 
+    An episode asks each query image about one set of prototypes. The same embeddings make more comparisons: `in_turn`
+    lets all images of a class change places in training, so that each is a support image as often as any other, and
+    averages the losses. Embedding them is what costs time, and they are embedded once.
+
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).
         distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
+        in_turn: whether, in training, every image of a class is a support image in turn.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
         loss: of logits and labels; default: cross-entropy.
@@ -41,7 +47,7 @@ class Prototypical(EmbeddingLearner):
         torch.Size([2, 5, 5])
 
     Reference:
-        Snell, Swersky & Zemel (2017), equations 1, 2 and 8.
+        Snell, Swersky & Zemel (2017), equations 1, 2 and 8; what episodes leave uncompared: Laenen & Bertinetto (2021).
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Prototypical(EmbeddingLearner):
         network: nn.Module,
         *,
         distance: Distance = "squared",
+        in_turn: bool = False,
         finetune_steps: int = 0,
         finetune_lr: float = 0.01,
         loss: Loss | None = None,
@@ -56,6 +63,7 @@ class Prototypical(EmbeddingLearner):
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
         check_choice("distance", distance, get_args(Distance))
         self.distance: Distance = distance
+        self.in_turn = in_turn
 
     def answer(self, episode: Episode) -> Logits:
         """Minus the distance of each query image to each prototype."""
@@ -63,10 +71,42 @@ class Prototypical(EmbeddingLearner):
         prototypes = class_means(support, episode.support_labels, episode.n_way)
         return similarity(query, prototypes, self.distance)
 
+    def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean loss of the query images; with `in_turn`, also of the tasks in which the images change places.
+
+        Raises:
+            ValueError: with `in_turn`, if a class of a task has more images than another.
+        """
+        if not self.in_turn:
+            return super().meta_loss(episode)
+        labels = torch.cat([episode.support_labels, episode.query_labels], dim=1)
+        n_way, n_images = episode.n_way, labels.shape[1] // episode.n_way
+        if (F.one_hot(labels, n_way).sum(1) != n_images).any():
+            raise ValueError("in_turn needs as many images of every class; take in_turn=False for such tasks")
+        embeddings = torch.cat(self.embed(episode), dim=1)
+        order = labels.argsort(stable=True)[..., None].expand_as(embeddings)
+        by_class = embeddings.gather(1, order).unflatten(1, (n_way, n_images))  # [task, way, image, embedding]
+        k_shot = episode.support_labels.shape[1] // n_way
+        asked = torch.arange(n_way, device=labels.device).repeat_interleave(n_images - k_shot).repeat(len(labels))
+        losses = []
+        for turn in range(n_images):
+            support, query = by_class.roll(turn, dims=2).split([k_shot, n_images - k_shot], dim=2)
+            logits = similarity(query.flatten(1, 2), support.mean(2), self.distance)
+            losses.append(self.loss(logits.flatten(0, 1), asked))
+        return torch.stack(losses).mean()
+
+    def finetune_loss(self, episode: Episode) -> Float[Tensor, ""]:
+        """The mean loss of the query images; no image changes its place."""
+        return super().meta_loss(episode)
+
 
 def similarity(query: Query, prototypes: Float[Tensor, "task way embedding"], distance: Distance) -> Logits:
-    """Minus the distance of every pair, or ten times its cosine."""
-    if distance == "cosine":
-        return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT
-    squared = (query[:, :, None] - prototypes[:, None]).pow(2).sum(-1)
-    return -squared if distance == "squared" else -(squared + 1e-12).sqrt()
+    """Minus the distance of every pair, or ten times its cosine; in full precision, under autocast too."""
+    with torch.autocast(query.device.type, enabled=False):
+        if distance == "cosine":
+            return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT
+        if distance == "euclidean":
+            return -((query[:, :, None] - prototypes[:, None]).pow(2).sum(-1) + 1e-12).sqrt()
+        # |q - p|² multiplied out: a matrix product, where differences of all pairs would fill memory
+        lengths = query.pow(2).sum(-1, keepdim=True) + prototypes.pow(2).sum(-1)[:, None]
+        return 2 * query @ prototypes.mT - lengths
