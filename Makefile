@@ -44,7 +44,9 @@ $(INSTALLED): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
-test: lint types unit notebooks ## check style and types, run all tests and every notebook
+test: lint ## check style and types, run all tests and every notebook
+	@$(MAKE) --no-print-directory --jobs 2 types unit # types take one core
+	@$(MAKE) --no-print-directory notebooks
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -67,11 +69,11 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST) --resolution lowest-direct --editable '.[chapters,book,dev]'
 	@touch $@
 
-notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset; what they show is kept for the book
+notebooks: $(EXECUTED)/.done ## only the notebooks, fast preset, one thread each; what they show is kept for the book
 
 $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED) && cp $(NOTEBOOKS) $(EXECUTED)
-	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(addprefix $(EXECUTED)/,$(notdir $(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS))))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(addprefix $(EXECUTED)/,$(notdir $(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS))))
 	@touch $@
 
 book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from metatutor.applications.generation import (
     spread_of_places,
 )
 from metatutor.data import Strokes
-from metatutor.episodes import Episode, EpisodeSampler, EpisodeSpec
+from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.optimization import Reptile
 from metatutor.testing import check_learner
 from metatutor.training import TrainConfig, train
@@ -37,7 +38,12 @@ def small(seed: int = 0, **options: Any) -> ConditionalVAE:
     return ConditionalVAE(latent=4, width=8, **options)
 
 
-CLASSES = Strokes.load().split(rotations=False).train
+@cache
+def classes() -> ClassImages:
+    """Drawn once, and by the worker alone that needs them."""
+    return Strokes.load().split(rotations=False).train
+
+
 DRAWINGS = (torch.rand(6, 1, 28, 28, generator=generator(1)) > 0.8).float()
 
 
@@ -163,14 +169,14 @@ def test_training_shows_from_one_to_all_support_images() -> None:
     torch.manual_seed(0)
     model = Watched(latent=2, width=8, max_shots=3)
     for seed in range(20):
-        model.meta_loss(EpisodeSampler(CLASSES, EpisodeSpec(2, 3, 1), seed=seed).sample(1))
+        model.meta_loss(EpisodeSampler(classes(), EpisodeSpec(2, 3, 1), seed=seed).sample(1))
     assert seen == {1, 2, 3}
-    assert small(max_shots=0).meta_loss(EpisodeSampler(CLASSES, EpisodeSpec(2, 3, 1)).sample(1)).isfinite()
+    assert small(max_shots=0).meta_loss(EpisodeSampler(classes(), EpisodeSpec(2, 3, 1)).sample(1)).isfinite()
 
 
 def test_the_query_is_never_in_its_own_context() -> None:
     model = small()
-    episode = EpisodeSampler(CLASSES, EpisodeSpec(3, 2, 2)).sample(1)
+    episode = EpisodeSampler(classes(), EpisodeSpec(3, 2, 2)).sample(1)
     other = Episode(
         episode.support_images, episode.support_labels, 1 - episode.query_images, episode.query_labels, n_way=3
     )
@@ -187,9 +193,9 @@ def test_contract() -> None:
 def test_it_learns_and_then_knows_classes_it_never_saw() -> None:
     torch.manual_seed(0)
     model = ConditionalVAE(latent=8, width=16)
-    before = EpisodeSampler(CLASSES, EpisodeSpec(3, 3, 3), seed=9).sample(10)
+    before = EpisodeSampler(classes(), EpisodeSpec(3, 3, 3), seed=9).sample(10)
     start, config = model.meta_loss(before).item(), TrainConfig(60, 2, outer_lr=3e-3, warmup=5)
-    train(model, CLASSES, EpisodeSpec(4, 5, 5), config, device="cpu", progress_bar=False)
+    train(model, classes(), EpisodeSpec(4, 5, 5), config, device="cpu", progress_bar=False)
     assert model.meta_loss(before).item() < 0.6 * start
 
 
