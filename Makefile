@@ -30,7 +30,7 @@ NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit oldest notebooks book links format benchmarks studies tables stamp clean
+.PHONY: help venv test lint types unit oldest notebooks book translations links format benchmarks studies tables stamp clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,13 +76,21 @@ $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto --maxschedchunk 1 --nbmake --overwrite --nbmake-timeout=900 --durations=0 $(addprefix $(EXECUTED)/,$(notdir $(LONGEST) $(filter-out $(LONGEST),$(NOTEBOOKS))))
 	@touch $@
 
-book: $(EXECUTED)/.done ## build the book of the executed notebooks, warnings being errors
-	@rm -rf _build/source && mkdir -p _build/source/notebooks && cp -r book _toc.yml _build/source
-	@cp $(EXECUTED)/*.ipynb _build/source/notebooks
-	@sed 's/execute_notebooks: force/execute_notebooks: "off"/' _config.yml > _build/source/_config.yml
-	$(BIN)/jupyter-book build --all -n -W --keep-going --path-output . _build/source
+book: $(EXECUTED)/.done ## build both editions, English and Chinese, of the executed notebooks, warnings being errors
+	@$(BIN)/python book/_ext/editions.py sources $(EXECUTED) _build/source
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync edition-en edition-zh
+	@$(BIN)/python book/_ext/editions.py site _build
 	$(BIN)/python book/_ext/check_pages.py _build/html
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
+
+edition-%:
+	$(BIN)/jupyter-book build --all -n -W --keep-going --path-output _build/$* _build/source/$*
+
+translations: $(EXECUTED)/.done ## after a change of the English: bring the catalogues of the Chinese edition up to date
+	@$(BIN)/python book/_ext/editions.py sources $(EXECUTED) _build/source
+	@sed -i.bak 's/metatutor_address:.*/&\n    metatutor_collect: true/' _build/source/en/_config.yml
+	$(BIN)/jupyter-book build --all --quiet --builder custom --custom-builder dummy --path-output _build/messages _build/source/en
+	$(BIN)/python book/_ext/chinese.py update _build/messages/_build/dummy
 
 links: $(INSTALLED) ## check every link of the book (needs the network)
 	$(BIN)/jupyter-book build --all --builder linkcheck .

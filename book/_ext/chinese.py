@@ -1,0 +1,268 @@
+"""The Chinese edition: catalogues of messages, what of a notebook is a message, and whether all are translated.
+
+    python book/_ext/chinese.py update           # after a change of the English: `make translations`
+    python book/_ext/chinese.py notebooks FOLDER # notebooks with Chinese text, for Colab
+
+Messages are the blocks of text that Sphinx finds in pages and Markdown cells, and the captions and alternative texts of
+figures, which are in the metadata and the code of notebooks. Their translations are gettext catalogues, one for each
+page, in `book/locale/zh_CN/LC_MESSAGES`. As a Sphinx extension, this module warns in the English build of every message
+without a translation, and in both editions gives every page a link to its other language.
+"""
+
+from __future__ import annotations
+
+import ast
+import html
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from babel.messages.catalog import Catalog
+from babel.messages.pofile import read_po, write_po
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOGUES = Path("book/locale/zh_CN/LC_MESSAGES")
+ENGLISH_ONLY = {"book/api"}  # the reference, which speaks of code
+NAMES = {"en": "English", "zh_CN": "中文"}
+FOLDERS = {"en": "en", "zh_CN": "zh"}
+
+Notebook = dict[str, Any]
+
+
+# --- catalogues ---
+
+
+def catalogue(page: str, root: Path = ROOT) -> Catalog:
+    """The catalogue of a page, such as `notebooks/02_metric`; an empty one if there is none."""
+    path = root / CATALOGUES / f"{page}.po"
+    if not path.exists():
+        return Catalog(locale="zh_CN")
+    with path.open("rb") as file:
+        return read_po(file, locale="zh_CN", abort_invalid=True)
+
+
+def translations(page: str, root: Path = ROOT) -> dict[str, str]:
+    """English messages of a page and their translations; fuzzy and empty ones are none."""
+    messages = catalogue(page, root)
+    return {str(m.id): str(m.string) for m in messages if m.id and m.string and not m.fuzzy}
+
+
+def is_words(message: str) -> bool:
+    """Whether there is something to translate: more than formulas, code, references and names of files.
+
+    Example:
+        >>> is_words("$N$"), is_words("`n_way`"), is_words("{cite:t}`finn2017model`"), is_words("classes in a task")
+        (False, False, False, True)
+    """
+    left = re.sub(r"\{[\w:]+\}`[^`]*`|`[^`]*`|\$[^$]*\$|<[^>]*>", "", message)
+    return not message.startswith("\n") and bool(re.search(r"[A-Za-z]{2}", left))
+
+
+def updated(messages: list[str], old: Catalog) -> Catalog:
+    """The catalogue of these messages, with the translations of an older one; those of similar messages are fuzzy."""
+    template = Catalog(locale="zh_CN")
+    for message in messages:
+        template.add(message)
+    old.update(template, no_fuzzy_matching=False, update_header_comment=False)
+    old.obsolete.clear()
+    ordered = Catalog(locale="zh_CN", fuzzy=False)
+    for message in messages:
+        found = old[message]
+        ordered.add(message, (found and found.string) or "", flags=found.flags if found else ())
+    return ordered
+
+
+def write_catalogue(page: str, messages: Catalog, root: Path = ROOT) -> None:
+    """Write the catalogue of a page: one line a message, no dates or places, so that a change is read as it is."""
+    path = root / CATALOGUES / f"{page}.po"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        write_po(file, messages, width=0, omit_header=False, no_location=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    dated = ('"POT-Creation-Date', '"PO-Revision-Date', '"Generated-By', '"Last-Translator', '"Report-Msgid', "# ")
+    path.write_text("".join(line for line in lines if not line.startswith(dated)), encoding="utf-8")
+
+
+# --- notebooks ---
+
+
+def figure_texts(notebook: Notebook) -> Iterator[str]:
+    """Captions, alternative texts and what unfolds code: in the metadata of cells, and as `alt="..."` in their code."""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            about = cell["metadata"].get("mystnb", {})
+            yield from (about[part][name] for part, name in _FIGURE_TEXTS if name in about.get(part, {}))
+            yield from (about[name] for name in _PROMPTS if name in about)
+            yield from _alternative_texts("".join(cell["source"]))
+
+
+_FIGURE_TEXTS = (("figure", "caption"), ("image", "alt"))
+_PROMPTS = ("code_prompt_show", "code_prompt_hide")
+
+
+def _alternative_texts(source: str) -> Iterator[str]:
+    without_magics = re.sub(r"^([ \t]*)[%!].*", r"\1pass", source, flags=re.MULTILINE)
+    for node in ast.walk(ast.parse(without_magics)):
+        if isinstance(node, ast.keyword) and node.arg == "alt" and isinstance(node.value, ast.Constant):
+            yield str(node.value.value)
+
+
+def with_figure_texts(notebook: Notebook, chinese: dict[str, str]) -> Notebook:
+    """An executed notebook whose figures and folded cells speak Chinese; captions are translated by Sphinx."""
+    notebook = json.loads(json.dumps(notebook))
+    for cell in notebook["cells"]:
+        about = cell["metadata"].get("mystnb", {})
+        for texts, names in ((about, _PROMPTS), (about.get("image", {}), ("alt",))):
+            texts.update({name: chinese[texts[name]] for name in names if texts.get(name) in chinese})
+        shown = {text: chinese[text] for text in _texts_of(cell) if text in chinese}
+        for output in cell.get("outputs", []):
+            page = output.get("data", {}).get("text/html")
+            if shown and page:
+                page = "".join(page)
+                for text, translated in shown.items():
+                    page = page.replace(html.escape(text), html.escape(translated))
+                output["data"]["text/html"] = page
+    return notebook
+
+
+def _texts_of(cell: dict[str, Any]) -> list[str]:
+    return list(_alternative_texts("".join(cell["source"]))) if cell["cell_type"] == "code" else []
+
+
+def in_chinese(notebook: Notebook, chinese: dict[str, str]) -> tuple[Notebook, list[str]]:
+    """A notebook whose Markdown cells are Chinese; and the messages that are in none of them."""
+    notebook, missing = json.loads(json.dumps(notebook)), []
+    figures = set(figure_texts(notebook))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "markdown"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    placed: list[str] = []
+    for message, translated in sorted(chinese.items(), key=lambda item: -len(item[0])):
+        pattern, mark, found = _block(message), f"\0{len(placed)}\0", 0
+        placed.append(translated)
+        for n, text in enumerate(texts):
+            texts[n], times = pattern.subn(lambda match, mark=mark: match["before"] + mark, text)
+            found += times
+        if not found and message not in figures:
+            missing.append(message)
+    for cell, text in zip(cells, texts, strict=True):
+        text = re.sub(r"\0(\d+)\0", lambda match: placed[int(match[1])], text)
+        cell["source"] = text.splitlines(keepends=True)
+    return notebook, missing
+
+
+def _block(message: str) -> re.Pattern[str]:
+    """Finds a message where it is a whole block, cell of a table or title, however its lines are broken."""
+    begin = r"(?P<before>^[ \t>]*(?:#{1,6} +|[-*+] +|\d+\. +|: +|[`:]{3,}\{[^}\n]+\} *)?|\| *)"
+    words = r"(?:[ \t]+|[ \t]*\n[ \t>]*)".join(map(re.escape, message.split()))
+    return re.compile(begin + words + r"(?=[ \t]*(?:\||$))", re.MULTILINE)
+
+
+# --- as an extension ---
+
+
+def _collect(app: Any, doctree: Any) -> None:
+    """Remember the messages of a page that was read; warn of those without a translation."""
+    from sphinx.util import logging
+    from sphinx.util.nodes import extract_messages
+
+    page = app.env.docname
+    if app.config.language != "en" or page in ENGLISH_ONLY:
+        return
+    found = [message for node, message in extract_messages(doctree) if not _is_output(node)]
+    source = Path(app.srcdir, f"{page}.ipynb")
+    if source.exists():
+        found += figure_texts(json.loads(source.read_text(encoding="utf-8")))
+    app.env.metatutor_messages = getattr(app.env, "metatutor_messages", {})
+    app.env.metatutor_messages[page] = [message for message in dict.fromkeys(found) if is_words(message)]
+    known = translations(page, Path(app.srcdir))
+    for message in app.env.metatutor_messages[page]:
+        if message not in known and not app.config.metatutor_collect:
+            logging.getLogger(__name__).warning(
+                "not translated into Chinese (run `make translations`): %s", message[:80], location=page
+            )
+
+
+def _keep_anchors(app: Any, doctree: Any) -> None:
+    """Headings keep the anchors of their English, which links name; MyST forgets them where a heading is translated."""
+    from docutils import nodes
+
+    headings = [section for section in doctree.findall(nodes.section) if "slug" in section]
+    anchors = {section["slug"]: (section.line, section["ids"][0], section[0].astext()) for section in headings}
+    if anchors:
+        app.env.metadata[app.env.docname]["myst_slugs"] = anchors
+
+
+def _is_output(node: Any) -> bool:
+    while node is not None:
+        if "cell_output" in node.get("classes", []):
+            return True
+        node = node.parent
+    return False
+
+
+def _other_language(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """A button to the same page in the other language, and where both are, for search engines."""
+    if app.builder.format != "html" or page in ("search", "genindex", "py-modindex") or page.startswith("_modules"):
+        return
+    [other] = set(NAMES) - {app.config.language}
+    up = "../" * (page.count("/") + 1)
+    button = {"type": "link", "url": f"{up}{FOLDERS[other]}/{page}.html", "text": NAMES[other], "label": "language"}
+    context.setdefault("header_buttons", []).insert(0, button)
+    root = app.config.metatutor_address
+    links = [f'<link rel="alternate" hreflang="{FOLDERS[x]}" href="{root}{FOLDERS[x]}/{page}.html" />' for x in NAMES]
+    context["metatags"] = context.get("metatags", "") + "\n".join(links)
+
+
+def _write(app: Any, exception: Exception | None) -> None:
+    if app.config.metatutor_collect and exception is None:
+        messages = getattr(app.env, "metatutor_messages", {})
+        Path(app.outdir, "messages.json").write_text(json.dumps(messages), encoding="utf-8")
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Connect the extension to Sphinx."""
+    app.add_config_value("metatutor_collect", False, "env")
+    app.add_config_value("metatutor_address", "", "html")
+    app.connect("doctree-read", _collect)
+    app.connect("doctree-read", _keep_anchors)
+    app.connect("html-page-context", _other_language, priority=900)
+    app.connect("build-finished", _write)
+    return {"parallel_read_safe": False, "parallel_write_safe": True}
+
+
+# --- the commands ---
+
+
+def update(folder: Path) -> int:
+    """Bring the catalogues up to date with the messages that a build wrote into `folder`; list what is to be done."""
+    todo = 0
+    for page, messages in json.loads((folder / "messages.json").read_text(encoding="utf-8")).items():
+        new = updated(messages, catalogue(page))
+        write_catalogue(page, new)
+        for message in new:
+            if message.id and (message.fuzzy or not message.string):
+                todo += 1
+                print(f"{page}: {'fuzzy' if message.fuzzy else 'untranslated'}: {str(message.id)[:100]}")
+    print(f"{todo} messages to translate" if todo else "every message is translated")
+    return 1 if todo else 0
+
+
+def notebooks(folder: Path) -> int:
+    """Write every notebook with Chinese text into a folder; a message that cannot be placed is a fault."""
+    faults = 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        translated, missing = in_chinese(notebook, translations(f"notebooks/{path.stem}"))
+        faults += len(missing)
+        for message in missing:
+            print(f"{path.name}: no such block: {message[:100]}", file=sys.stderr)
+        (folder / path.name).write_text(json.dumps(translated, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit({"update": update, "notebooks": notebooks}[sys.argv[1]](Path(sys.argv[2])))

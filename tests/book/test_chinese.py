@@ -1,0 +1,213 @@
+"""The Chinese edition: complete, its markup that of the English, its notebooks whole; what is missing is told."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import chinese
+import editions
+import pytest
+import sources
+import yaml
+from babel.messages.catalog import Catalog
+from docutils import nodes
+from sources import NOTEBOOKS, PAGES, ROOT
+
+EVERY_PAGE = [sources.name(p.with_suffix("")) for p in (*PAGES, *NOTEBOOKS)]
+TRANSLATED = [page for page in EVERY_PAGE if page not in chinese.ENGLISH_ONLY]
+each_page = pytest.mark.parametrize("page", TRANSLATED)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=sources.name)
+
+ROLE = re.compile(r"\{([\w:]+)\}`([^`]*)`")
+CODE = re.compile(r"(`+)[^`]+\1")
+FORMULA = re.compile(r"\$[^$]+\$")
+
+
+def kept(message: str) -> dict[str, Counter[Any]]:
+    """What a translation must have as it is: targets of references and links, code, formulas, tags."""
+    roles = Counter((name, re.sub(r".*<(.*)>", r"\1", body, flags=re.S)) for name, body in ROLE.findall(message))
+    message = ROLE.sub("", message)
+    code = Counter(match[0] for match in CODE.finditer(message))
+    message = CODE.sub("", message)
+    formulas = Counter(" ".join(formula.split()) for formula in FORMULA.findall(message))
+    message = FORMULA.sub("", message)
+    links, tags = Counter(re.findall(r"\]\(([^)\s]*)\)", message)), Counter(re.findall(r"</?[a-z][^>]*>", message))
+    return {"roles": roles, "code": code, "formulas": formulas, "links": links, "tags": tags}
+
+
+# --- the catalogues ---
+
+
+@each_page
+def test_every_message_is_translated(page: str) -> None:
+    messages = [m for m in chinese.catalogue(page) if m.id]
+    assert messages and [m.id for m in messages if m.fuzzy or not m.string] == []
+
+
+@each_page
+def test_a_translation_refers_to_what_the_english_does(page: str) -> None:
+    wrong = {en: zh for en, zh in chinese.translations(page).items() if kept(en) != kept(zh)}
+    assert wrong == {}
+
+
+@each_page
+def test_a_translation_is_chinese_and_no_list(page: str) -> None:
+    for english, translated in chinese.translations(page).items():
+        words = re.search(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}", ROLE.sub("", CODE.sub("", english)))
+        assert not words or re.search(r"[\u4e00-\u9fff]", translated), english
+        list_like = re.compile(r"([-*+]|\d+[.)]) ")  # Sphinx would read a list, and drop the translation
+        assert list_like.match(english) or not list_like.match(translated), translated
+
+
+def test_no_catalogue_is_left_of_a_page_that_is_gone() -> None:
+    found = {path.relative_to(ROOT / chinese.CATALOGUES).with_suffix("").as_posix() for path in _catalogues()}
+    assert found == set(TRANSLATED)
+
+
+def _catalogues() -> list[Path]:
+    return sorted((ROOT / chinese.CATALOGUES).rglob("*.po"))
+
+
+def test_a_changed_message_is_fuzzy_a_new_one_empty_and_one_that_is_gone_is_gone() -> None:
+    old = Catalog(locale="zh_CN")
+    for english, translated in {"A task has five classes.": "一", "It was here.": "二", "It stays.": "三"}.items():
+        old.add(english, translated)
+    new = chinese.updated(["It stays.", "A task has ten classes.", "Nothing of the kind."], old)
+    found = {m.id: (m.string, m.fuzzy) for m in new if m.id}
+    assert found == {
+        "It stays.": ("三", False),
+        "A task has ten classes.": ("一", True),
+        "Nothing of the kind.": ("", False),
+    }
+
+
+def test_a_catalogue_is_read_as_it_was_written_and_holds_no_date(tmp_path: Path) -> None:
+    messages = Catalog(locale="zh_CN", fuzzy=False)
+    messages.add('Say "five" or\ttwo: 100%', "说“五”：100%")
+    chinese.write_catalogue("book/page", messages, tmp_path)
+    assert chinese.translations("book/page", tmp_path) == {'Say "five" or\ttwo: 100%': "说“五”：100%"}
+    assert "20" not in (tmp_path / chinese.CATALOGUES / "book/page.po").read_text(encoding="utf-8").replace("%", "")
+
+
+# --- notebooks ---
+
+
+@each_notebook
+def test_every_message_of_a_notebook_has_its_place(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    messages = chinese.translations(f"notebooks/{path.stem}")
+    translated, missing = chinese.in_chinese(notebook, messages)
+    assert missing == []
+    assert set(chinese.figure_texts(notebook)) <= set(messages)
+    code = [[c for c in n["cells"] if c["cell_type"] == "code"] for n in (notebook, translated)]
+    assert code[0] == code[1]
+    prose = "".join("".join(c["source"]) for c in translated["cells"] if c["cell_type"] == "markdown")
+    left = re.sub(r"```.*?```|\$\$.*?\$\$|`[^`]*`|\$[^$]*\$|\{[^}]*\}|\([^)]*\)|<[^>]*>", "", prose, flags=re.S)
+    assert not re.search(r"(?:\b[a-z]{2,} ){6}", left), "English is left"
+
+
+def cell(kind: str, source: str, **more: Any) -> dict[str, Any]:
+    return {"cell_type": kind, "source": source.splitlines(keepends=True), "metadata": {}, **more}
+
+
+def test_blocks_are_found_however_they_are_broken_and_marked() -> None:
+    table, tip = "| head | two |\n|---|---|\n| head over | x |", "```{tip} Do\n> A\n> quote.\n```"
+    text = f"# A title\n\nTwo\nlines.\n\n- an item\n  on two\n\n{table}\n\n{tip}"
+    words = {
+        "A title": "标题",
+        "Two lines.": "两行。",
+        "an item on two": "项",
+        "head": "头",
+        "two": "二",
+        "Do": "做",
+        "A quote.": "引。",
+    }
+    notebook, missing = chinese.in_chinese({"cells": [cell("markdown", text)]}, words | {"nowhere": "无"})
+    expected = "# 标题\n\n两行。\n\n- 项\n\n| 头 | 二 |\n|---|---|\n| head over | x |\n\n```{tip} 做\n> 引。\n```"
+    assert "".join(notebook["cells"][0]["source"]) == expected and missing == ["nowhere"]
+
+
+def test_alternative_texts_of_metadata_and_of_pages_are_replaced() -> None:
+    drawn = cell("code", "%pip x\nstepper(frames, alt=\"Three 'panels'\")")
+    drawn["outputs"] = [{"data": {"text/html": ['<img alt="Three &#x27;panels&#x27;: ', '1 step">']}}]
+    plot = cell("code", "plot()")
+    plot["metadata"] = {"mystnb": {"image": {"alt": "A line."}, "figure": {"caption": "It rises."}}}
+    notebook = {"cells": [drawn, plot]}
+    assert list(chinese.figure_texts(notebook)) == ["Three 'panels'", "It rises.", "A line."]
+    found = chinese.with_figure_texts(notebook, {"Three 'panels'": "三幅图", "A line.": "一条线。"})
+    assert found["cells"][0]["outputs"][0]["data"]["text/html"] == '<img alt="三幅图: 1 step">'
+    assert found["cells"][1]["metadata"]["mystnb"]["image"]["alt"] == "一条线。"
+    assert "A line." in json.dumps(notebook)  # the English one stays as it is
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("$N$", False),
+        ("`n_way`", False),
+        ("{cite:t}`finn2017model`", False),
+        ("\n\\begin{aligned}", False),
+        ("a task", True),
+    ],
+)
+def test_formulas_code_and_references_need_no_translation(message: str, words: bool) -> None:
+    assert chinese.is_words(message) == words
+
+
+# --- both editions ---
+
+
+def test_editions_differ_in_language_alone_and_know_their_addresses() -> None:
+    english, translated = editions.config("en"), editions.config("zh_CN")
+    assert english["sphinx"]["config"]["language"] == "en" and translated["sphinx"]["config"]["language"] == "zh_CN"
+    assert [c["html"]["baseurl"].split("/")[-2] for c in (english, translated)] == ["en", "zh"]
+    assert english["execute"] == translated["execute"] and english["execute"]["execute_notebooks"] == "off"
+    written = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    assert english["sphinx"]["config"] | {"metatutor_address": ""} == written["sphinx"]["config"] | {
+        "metatutor_address": ""
+    }
+
+
+def test_a_site_has_both_editions_a_map_and_a_page_for_wrong_addresses(tmp_path: Path) -> None:
+    for name in ("en", "zh"):
+        page = tmp_path / name / "_build/html/book/index.html"
+        page.parent.mkdir(parents=True)
+        page.write_text(name)
+    editions.write_site(tmp_path)
+    site = tmp_path / "html"
+    assert [(site / name / "book/index.html").read_text() for name in ("en", "zh")] == ["en", "zh"]
+    address = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]
+    site_map = (site / "sitemap.xml").read_text()
+    assert all(f"<loc>{address}{name}/book/index.html</loc>" in site_map for name in ("en", "zh"))
+    assert all(f'hreflang="{name}"' in site_map for name in ("en", "zh"))
+    assert "en/book/index.html" in (site / "index.html").read_text()
+    assert f'href="{address}zh/' in (site / "404.html").read_text(encoding="utf-8")
+
+
+def test_what_a_cell_prints_is_no_message() -> None:
+    shown, said = nodes.paragraph(text="shown"), nodes.paragraph(text="said")
+    nodes.container("", nodes.container("", shown), classes=["cell_output"])
+    nodes.container("", said, classes=["cell_input"])
+    assert chinese._is_output(shown) and not chinese._is_output(said)
+
+
+def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
+    """In the English build, where whoever changed it sees it."""
+    from sphinx.application import Sphinx
+
+    (tmp_path / "conf.py").write_text("extensions = ['chinese']\nlanguage = 'en'\n")
+    (tmp_path / "index.rst").write_text("Old title\n=========\n\nNew.\n")
+    messages = Catalog(locale="zh_CN", fuzzy=False)
+    messages.add("Old title", "旧题")
+    chinese.write_catalogue("index", messages, tmp_path)
+    with (tmp_path / "warnings").open("w") as warnings:
+        app = Sphinx(
+            *[str(tmp_path)] * 2, str(tmp_path / "out"), str(tmp_path / "trees"), "dummy", status=None, warning=warnings
+        )
+        app.build()
+    told = (tmp_path / "warnings").read_text()
+    assert told.count("not translated into Chinese") == 1 and "New." in told
