@@ -81,6 +81,7 @@ book: $(EXECUTED)/.done ## build both editions, English and Chinese, of the exec
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync edition-en edition-zh
 	@$(BIN)/python book/_ext/editions.py site _build
 	$(BIN)/python book/_ext/check_pages.py _build/html
+	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto tests/book/built_pages.py
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
 edition-%:

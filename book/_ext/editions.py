@@ -57,7 +57,7 @@ def config(language: str) -> dict[str, Any]:
     address, folder = settings["html"]["baseurl"], chinese.FOLDERS[language]
     settings["html"]["baseurl"] = f"{address}{folder}/"
     options = settings["sphinx"]["config"]
-    options["metatutor_address"] = address
+    options |= {"metatutor_address": address, "ogp_site_url": f"{address}{folder}/"}
     if language == "zh_CN":
         options |= IN_CHINESE
         settings["repository"]["branch"] = "zh"  # where Colab finds notebooks with Chinese text

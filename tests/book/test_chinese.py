@@ -161,7 +161,7 @@ def test_formulas_code_and_references_need_no_translation(message: str, words: b
 # --- both editions ---
 
 
-def test_editions_differ_in_language_alone_and_know_their_addresses() -> None:
+def test_editions_differ_in_language_and_know_their_addresses() -> None:
     english, translated = editions.config("en"), editions.config("zh_CN")
     assert english["sphinx"]["config"]["language"] == "en" and translated["sphinx"]["config"]["language"] == "zh_CN"
     assert [c["html"]["baseurl"].split("/")[-2] for c in (english, translated)] == ["en", "zh"]

@@ -1,0 +1,109 @@
+"""Every page of the built book in a browser, in both languages: `pytest tests/book/built_pages.py`, after `make book`.
+
+Nothing is loaded from elsewhere, with scripts and without; formulas are set; a page weighs little, fits its window, and
+has no serious fault that axe-core finds, in light and in dark mode. `check_pages.py` looks at files; this looks at
+what a reader's browser makes of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from browser import BROWSER, Window, window
+from sources import ROOT
+
+SITE = ROOT / "_build/html"
+PAGES = sorted(
+    p for name in ("en", "zh") for part in ("book", "notebooks") for p in (SITE / name / part).glob("*.html")
+)
+HEAVY = 1_500_000  # bytes, of everything that a page loads
+LANDING = 400_000  # before the weights of the drawing page, which stand in the page itself
+WEIGHTS = ROOT / "book/_static/alphabet.html"
+RAW_TEX = re.compile(r"\\(?:begin|end|frac|mathcal|mathrm|theta|nabla|sum|text|lVert)\b|\$\$")
+AXE = Path(str(importlib.util.find_spec("axe_playwright_python").submodule_search_locations[0])) / "axe.min.js"
+VISIBLE = """(() => { const copy = document.querySelector('article').cloneNode(true);
+    for (const e of copy.querySelectorAll('pre, code, script, style, annotation, .katex')) e.remove();
+    return copy.textContent })()"""
+TOO_WIDE = """[...document.querySelectorAll('article *')].filter((e) => {
+    const box = e.getBoundingClientRect(), cut = e.closest('div.math');
+    return cut && box.width && box.left < cut.getBoundingClientRect().left - 1 && !e.closest('.katex-mathml')
+        && getComputedStyle(e.closest('.katex-display') || cut).overflowX === 'visible'}).length"""
+
+pytestmark = [
+    pytest.mark.skipif(not BROWSER, reason="needs Chromium or Chrome"),
+    pytest.mark.skipif(not PAGES, reason="needs the built book: make book"),
+]
+each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(SITE).with_suffix("").as_posix())
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    """One browser for all pages."""
+    with window(tmp_path_factory.mktemp("browser")) as opened:
+        yield opened
+
+
+def outside(browser: Window) -> list[str]:
+    """Addresses that the page has asked for and that are not its own files."""
+    return [url for url in browser.requests if urlsplit(url).scheme not in ("file", "data", "blob")]
+
+
+def weight(browser: Window) -> int:
+    """Bytes of all files that the page has loaded."""
+    files = {unquote(urlsplit(url).path) for url in browser.requests if url.startswith("file:")}
+    return sum(Path(file).stat().st_size for file in files if Path(file).is_file())
+
+
+def serious(browser: Window, theme: str) -> list[str]:
+    """What axe-core finds serious or critical, with the first place of each."""
+    browser.run(f"document.documentElement.dataset.theme = '{theme}'")
+    browser.run(AXE.read_text(encoding="utf-8") + "; 0")
+    script = "axe.run(document, {resultTypes: ['violations']}).then((found) => JSON.stringify(found.violations))"
+    found: list[dict[str, Any]] = json.loads(browser.run(script))
+    of_all = [v for v in found if v["impact"] in ("serious", "critical")]
+    return [f"{v['id']} ({len(v['nodes'])}×): {v['nodes'][0]['html'][:150]}" for v in of_all]
+
+
+@each_page
+def test_a_page_is_whole_and_loads_nothing_from_elsewhere(browser: Window, path: Path) -> None:
+    browser.open(path, 1280)
+    assert outside(browser) == []
+    assert not RAW_TEX.search(browser.run(VISIBLE))
+    landing = path.name == "index.html"
+    assert weight(browser) - landing * WEIGHTS.stat().st_size <= (LANDING if landing else HEAVY)
+
+
+@each_page
+def test_a_page_fits_a_phone_and_a_desk(browser: Window, path: Path) -> None:
+    for width in (390, 1280):
+        browser.open(path, width, touch=width == 390)
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth"), width
+        assert browser.run(TOO_WIDE) == 0, f"a formula is cut at {width} pixels"
+
+
+@each_page
+def test_without_scripts_formulas_are_set_and_nothing_is_asked_for(browser: Window, path: Path) -> None:
+    browser.call("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.requests.clear()
+        browser.call("Page.navigate", url=path.as_uri())
+        browser.call("Page.captureScreenshot", clip={"x": 0, "y": 0, "width": 100, "height": 100, "scale": 1})
+        assert outside(browser) == []
+    finally:
+        browser.call("Emulation.setScriptExecutionDisabled", value=False)
+    page = path.read_text(encoding="utf-8")
+    assert ('class="katex"' in page) == ('class="math' in page)
+
+
+@each_page
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Window, path: Path, theme: str) -> None:
+    browser.open(path, 1280)
+    assert serious(browser, theme) == []
