@@ -43,6 +43,20 @@ def test_cells_are_short(notebook: Path) -> None:
     assert not [cell for cell in code if not cell.strip()], "remove the empty cell"
 
 
+@each_notebook
+def test_a_chapter_says_how_long_it_takes(notebook: Path) -> None:
+    """200 words or 12 lines of shown code a minute."""
+    said = re.search(r"About (\d+) minutes to read and \d+ seconds to run", sources.markdown(notebook))
+    shown = [
+        c
+        for c in sources.cells(notebook, "code")
+        if not {"hide-cell", "hide-input"} & set(c["metadata"].get("tags", []))
+    ]
+    lines = sum(bool(line.strip()) for cell in shown for line in sources.source(cell).splitlines())
+    minutes = len(sources.markdown(notebook).split()) / 200 + lines / 12
+    assert said and minutes / 1.25 < int(said[1]) < 1.25 * minutes, f"it takes {minutes:.0f} minutes"
+
+
 def nbstripout(*arguments: str) -> int:
     """Its exit status, with the options of `make format`."""
     [options] = re.findall(
