@@ -12,7 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metatutor import ConvNet, Episode, EpisodeSpec, Matching, Prototypical, Relation, Siamese, TrainConfig, train
+from metatutor import (
+    ConvNet,
+    Episode,
+    EpisodeSpec,
+    Matching,
+    Prototypical,
+    Relation,
+    ResNet,
+    Siamese,
+    TrainConfig,
+    train,
+)
 from metatutor.backbones import Normalization
 from metatutor.embedding import EmbeddingLearner
 from metatutor.metric.prototypical import Distance, similarity
@@ -105,6 +116,18 @@ def test_classes_of_unlike_size_cannot_take_turns():
     uneven = replace(task, query_labels=task.query_labels.clamp(max=1))
     with pytest.raises(ValueError, match="in_turn needs as many images of every class"):
         Prototypical(small(), in_turn=True).meta_loss(uneven)
+
+
+@every_method
+def test_trains_in_lower_precision(name: str):
+    """A network whose embeddings come in full precision; what is made of them stays near to what it was."""
+    task, method = episode(2).to(torch.float32), METHODS[name](ResNet(widths=(8,), image_size=8))
+    exact = method.meta_loss(task)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert method.meta_loss(task).item() == pytest.approx(exact.item(), rel=0.05, abs=0.05)
+    config = TrainConfig(2, tasks_per_step=2, warmup=0, precision="bfloat16")
+    history = train(method, Always(task), EpisodeSpec(3, 2, 2), config, device="cpu", progress_bar=False)
+    assert math.isfinite(history[-1]["meta_loss"])
 
 
 def test_autocast_rounds_no_distance():

@@ -14,6 +14,7 @@ from typing import Any
 
 import chinese
 import yaml
+from lighter import lighten
 
 ROOT = Path(__file__).resolve().parents[2]
 IN_CHINESE = {
@@ -92,6 +93,7 @@ def write_site(folder: Path) -> None:
     site.mkdir(parents=True)
     for name in chinese.FOLDERS.values():
         shutil.move(folder / name / "_build/html", site / name)
+        lighten(site / name)
     address = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]
     (site / "index.html").write_text(PAGE.format(head=CHOOSE, body=LANGUAGES.format(up="")), encoding="utf-8")
     lost = LOST + LANGUAGES.format(up=address)  # shown at any depth, so its links are whole addresses

@@ -68,7 +68,8 @@ class Prototypical(EmbeddingLearner):
     def answer(self, episode: Episode) -> Logits:
         """Minus the distance of each query image to each prototype."""
         support, query = self.embed(episode)
-        prototypes = class_means(support, episode.support_labels, episode.n_way)
+        with torch.autocast(query.device.type, enabled=False):
+            prototypes = class_means(support, episode.support_labels, episode.n_way)
         return similarity(query, prototypes, self.distance)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
