@@ -11,7 +11,7 @@ from fontTools.ttLib import TTFont
 ICONS_BY_SCRIPT = re.compile(r"<script[^>]*scripts/fontawesome\.js[^>]*></script>\s*")  # the style sheet draws them too
 SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\s*')
 OF_AN_ICON = re.compile(r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\([0-9a-f]+)"\}')
-ANYWHERE = re.compile(r"\\([ef][0-9a-f]{3})\b")
+ESCAPED, PRIVATE = re.compile(r"\\([ef][0-9a-f]{3})\b"), re.compile("[\ue000-\uf8ff]")  # where fonts keep icons
 
 
 def lighten(edition: Path) -> None:
@@ -25,19 +25,17 @@ def lighten(edition: Path) -> None:
         path.write_text(page, encoding="utf-8")
     static = edition / "_static"
     (static / "scripts/fontawesome.js").unlink(missing_ok=True)
-    wanted = codes(static / "styles/pydata-sphinx-theme.css", shown)
+    wanted = codes("".join(path.read_text(encoding="utf-8") for path in sorted(static.rglob("*.css"))), shown)
     for font in sorted((static / "vendor/fontawesome/webfonts").glob("*.woff2")):
         _keep_glyphs(font, wanted)
 
 
-def codes(style_sheet: Path, shown: set[str]) -> set[int]:
-    """Character codes of the named icons, and of those that other rules of the style sheet draw."""
-    text = style_sheet.read_text(encoding="utf-8")
-    named = {
-        name: int(code, 16) for names, code in OF_AN_ICON.findall(text) for name in re.findall(r"fa-([\w-]+)", names)
-    }
-    others = {int(code, 16) for code in ANYWHERE.findall(OF_AN_ICON.sub("", text))}
-    return {named[name] for name in shown & named.keys()} | others
+def codes(styles: str, shown: set[str]) -> set[int]:
+    """Character codes of the named icons, and of those that other rules draw, as they are or escaped."""
+    named = {name: code for names, code in OF_AN_ICON.findall(styles) for name in re.findall(r"fa-([\w-]+)", names)}
+    others = OF_AN_ICON.sub("", styles)
+    found = {named[name] for name in shown & named.keys()} | set(ESCAPED.findall(others))
+    return {int(code, 16) for code in found} | {ord(character) for character in PRIVATE.findall(others)}
 
 
 def _keep_glyphs(font: Path, wanted: set[int]) -> None:
