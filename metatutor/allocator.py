@@ -1,12 +1,12 @@
-"""Memory and threads of the process: what training asks of the machine, and no more than the process may use.
+"""Memory and threads of the process: what training asks of the machine, but no more than the process may use.
 
-Nothing here happens at import, for these are the process's, not ours alone:
+Nothing here happens at import, because these belong to the whole process, not only to us:
 
-- *Freed memory stays at hand.* glibc gives every freed block of more than 128 KiB back to the kernel and asks for it
-  anew a moment later, and the kernel zeroes each page again: on a CPU, big activations cost more in page faults than in
+- *Freed memory is kept.* glibc gives every freed block of more than 128 KiB back to the kernel and asks for it again a
+  moment later, and the kernel zeroes each page again: on a CPU, big activations cost more in page faults than in
   arithmetic.
-- *Waiting threads sleep.* OpenMP's threads spin while they wait for each other, for milliseconds, and on busy cores or
-  in a container with fewer CPUs than it shows they starve those that work; `benchmarks/threads.py` measures it.
+- *Waiting threads sleep.* OpenMP's threads spin while they wait for each other, for milliseconds, and on busy cores, or
+  in a container with fewer CPUs than it shows, they starve those that work; `benchmarks/threads.py` measures it.
 - *No more threads than CPUs*, and one where the network is small.
 """
 
@@ -32,7 +32,7 @@ _SMALL = 50_000  # parameters: Conv-4 has 29,000 with 32 filters, 113,000 with 6
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Ask glibc to keep freed blocks of up to 1 GiB (mallopt(3)), or to give them back again; False if it cannot."""
+    """Ask glibc to keep freed blocks of up to 1 GiB (mallopt(3)), or to return them again; False if it cannot."""
     if not sys.platform.startswith("linux") or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
     limit = _KEEP if keep else _GLIBC_DEFAULT
@@ -58,7 +58,7 @@ def peak_memory_mib() -> int:
 
 def _peak_resident_bytes() -> int:
     found = re.search(r"^VmHWM:\s*(\d+) kB$", _text(Path("/proc/self/status")), re.MULTILINE)
-    if found:  # rather than ru_maxrss, which a process of Linux inherits from its parent
+    if found:  # rather than ru_maxrss, which a Linux process inherits from its parent
         return 1024 * int(found[1])
     if sys.platform == "win32":
         from psutil import Process
@@ -73,7 +73,7 @@ def _peak_resident_bytes() -> int:
 
 
 def let_threads_sleep() -> bool:
-    """Have OpenMP's waiting threads sleep, unless the environment says how they wait.
+    """Make OpenMP's waiting threads sleep, unless the environment says how they wait.
 
     False where it has no effect: OpenMP reads the environment once, when torch is imported.
     """
@@ -89,10 +89,10 @@ def usable_cpus() -> int:
 
 
 def threads_for(n_parameters: int) -> int:
-    """How many threads pay for a network on a CPU: one if it is small, else as many as there are CPUs to use.
+    """How many threads are worthwhile for a network on a CPU: one if it is small, else one per usable CPU.
 
-    On two quiet cores a second thread makes steps of Conv-4 with up to 32 filters slower more often than quicker, and
-    those with 64 up to 1.5 times as quick; on busy ones it costs. Where OMP_NUM_THREADS is set, small networks take
+    On two idle cores a second thread makes steps of Conv-4 with up to 32 filters slower more often than faster, and
+    those with 64 up to 1.5 times as fast; on busy cores it costs time. Where OMP_NUM_THREADS is set, small networks use
     that many too.
     """
     return 1 if n_parameters < _SMALL and "OMP_NUM_THREADS" not in os.environ else usable_cpus()
@@ -100,7 +100,7 @@ def threads_for(n_parameters: int) -> int:
 
 @contextmanager
 def limited_threads(most: int) -> Iterator[None]:
-    """Within the block torch takes no more threads than `most`; fewer, if it was told so before."""
+    """Within the block torch uses no more threads than `most`; fewer, if that was already its limit."""
     import torch
 
     before = torch.get_num_threads()
@@ -112,7 +112,7 @@ def limited_threads(most: int) -> Iterator[None]:
 
 
 def _bound_cpus() -> int:
-    """As affinity has it, and from Python 3.13 on PYTHON_CPU_COUNT."""
+    """By affinity, and from Python 3.13 on by PYTHON_CPU_COUNT."""
     from psutil import Process
 
     count = getattr(os, "process_cpu_count", os.cpu_count)() or 1
@@ -120,7 +120,7 @@ def _bound_cpus() -> int:
 
 
 def _quota(root: Path) -> float:
-    """The least of the limits of the process's control groups, in CPUs; infinite if there is none."""
+    """The lowest of the limits of the process's control groups, in CPUs; infinite if there is none."""
     quotas = [math.inf]
     # Version 2: "0::/group"; version 1: "4:cpu,cpuacct:/group".
     for controllers, group in re.findall(r"^\d+:(|(?:.*,)?cpu(?:,.*)?):/(.*)$", _text(root / "proc/self/cgroup"), re.M):
@@ -134,7 +134,7 @@ def _quota(root: Path) -> float:
 
 
 def _text(path: Path) -> str:
-    """What a file of the kernel says; nothing where there is none."""
+    """The text of a kernel file; empty where there is none."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,7 +1,7 @@
 """What moved: how far each layer's parameters travel when a network adapts, and how much its answers change.
 
 Two measures, because they can disagree. *Relative change* compares the parameters before and after adaptation; *linear
-CKA* compares what a layer makes of the same images. A layer may move far and mean the same, or hardly move and mean
+CKA* compares a layer's outputs for the same images. A layer may move far and mean the same, or hardly move and mean
 something else.
 """
 
@@ -42,10 +42,10 @@ class Movement:
 
 
 def what_moved(learner: Adapting, episode: Episode, inner_steps: int | None = None) -> Movement:
-    """Adapt to every task, then compare each layer with what it was: its parameters, its outputs for the query images.
+    """Adapt to every task, then compare each layer before and after: its parameters, its outputs for the query images.
 
-    As Raghu et al. (2020), section 3.2, do, with linear CKA in place of CCA; `inner_steps` are those of the learner's
-    mode, unless given.
+    This follows Raghu et al. (2020), section 3.2, with linear CKA in place of CCA; `inner_steps` defaults to that of
+    the learner's mode.
     """
     with torch.no_grad():
         path = learner.adaptation_path(episode, inner_steps)
@@ -76,7 +76,7 @@ def layers(network: Network) -> dict[str, str]:
 
 
 def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float[Tensor, " task"]:
-    """How far the parameters whose names begin with a prefix moved, in their own length: `‖after - before‖ / ‖before‖`.
+    """How far the parameters under a prefix moved, relative to their length: `‖after - before‖ / ‖before‖`.
 
     Example:
         >>> before = {"head.weight": torch.tensor([[3.0, 0.0]]), "head.bias": torch.tensor([[4.0]])}
@@ -93,7 +93,7 @@ def relative_change(before: Parameters, after: Parameters, prefix: str) -> Float
 def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Float[Tensor, ""]:
     """Linear centred kernel alignment: how alike two sets of features of the same `n` images are, from 0 to 1.
 
-    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)`, with the columns of `X` and `Y` centred: Kornblith et al. (2019), equation 3. Turning,
+    `‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖)`, with the columns of `X` and `Y` centred: Kornblith et al. (2019), equation 3. Rotating,
     reflecting or scaling the features as a whole changes nothing. Computed from the `n × n` products `X Xᵀ` and `Y Yᵀ`,
     since images are fewer than features.
 
@@ -113,7 +113,7 @@ def linear_cka(first: Float[Tensor, "n p"], second: Float[Tensor, "n q"]) -> Flo
 def query_outputs(
     network: Network, parameters: Parameters, episode: Episode
 ) -> dict[str, Float[Tensor, "query feature"]]:
-    """What each layer (see `layers`) makes of the query images of one task, under that task's parameters, flattened."""
+    """The outputs of each layer (see `layers`) for one task's query images, under that task's parameters, flattened."""
     support, query = episode.support_images[0], episode.query_images[0]
     by_support = network.normalization == "support"
     arguments = (torch.cat([support, query]), len(support)) if by_support else (query,)

@@ -24,7 +24,7 @@ NORMALIZATIONS: tuple[Normalization, ...] = get_args(Normalization)
 
 
 class Described:
-    """Keeps in `arguments` what it was made with, defaults included; without networks and functions."""
+    """Keeps in `arguments` what it was made with, including defaults, but no networks or functions."""
 
     arguments: dict[str, Any]
 
@@ -34,18 +34,19 @@ class Described:
         bound.apply_defaults()
         named = [n for n, p in bound.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         data = {n: bound.arguments[n] for n in named[1:] if n in bound.arguments and not callable(bound.arguments[n])}
-        object.__setattr__(made, "arguments", data)  # a Module takes no attributes before its own __init__
+        object.__setattr__(made, "arguments", data)  # a Module accepts no attributes before its own __init__
         return made
 
 
 class Network(Described, nn.Module):
-    """What learners know of a backbone: `forward(images, n_support)`, and how it normalises.
+    """What learners know about a backbone: `forward(images, n_support)`, and how it normalises.
 
     Attributes:
-        n_outputs: numbers that come out for an image; None: an embedding, or not known.
+        n_outputs: outputs per image; None: an embedding, or unknown.
         normalization: a policy of `ConvNet`, `"running"` statistics, or `"none"`.
-        head_prefix: of the names of the last layer's parameters, such as `"head."`; None: there is no such layer.
-        largest_activation: numbers in the largest activation of one image; 0: not known.
+        head_prefix: prefix of the names of the last layer's parameters, such as `"head."`; None: there is no such
+            layer.
+        largest_activation: numbers in the largest activation of one image; 0: unknown.
     """
 
     n_outputs: int | None
@@ -55,17 +56,17 @@ class Network(Described, nn.Module):
 
     @property
     def transductive(self) -> bool:
-        """Whether the logits of one image may depend on the other images that are not support."""
+        """Whether the logits of one image may depend on other images outside the support set."""
         return self.normalization == "batch"
 
 
 class Embedding(Network):
-    """A network that can also say what enters its last layer, or leaves it if it has none.
+    """A network that can also give the input of its last layer, or its output if it has none.
 
     Attributes:
         head: the last layer, from embeddings to logits; the identity if there is none.
-        embedding_size: length of an embedding; None: not known.
-        feature_shape: channels, height and width of the feature maps that `features` gives; None: not known.
+        embedding_size: length of an embedding; None: unknown.
+        feature_shape: channels, height and width of the feature maps that `features` returns; None: unknown.
     """
 
     embedding_size: int | None = None
@@ -77,16 +78,16 @@ class Embedding(Network):
         return self.head(self.embed(images, n_support))
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last layer, or leaves the network if there is none."""
+        """The input of the last layer, or the output of the network if there is none."""
         raise NotImplementedError
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
-        """The feature maps that the embedding is made of."""
+        """The feature maps that the embedding is made from."""
         raise ValueError(f"{type(self).__name__} has no feature maps; take a ConvNet, or backbone(…, features=a layer)")
 
 
 class Pixels(Embedding):
-    """No network: the pixels of a smaller copy of the image, in a row.
+    """No network: the pixels of a smaller copy of the image, flattened.
 
     Args:
         size: height and width of the copy in pixels; 20 in Santoro et al. (2016), section 4.1.
@@ -104,17 +105,17 @@ class Pixels(Embedding):
         self.head = nn.Identity()
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """The pixels, each averaged over what it covers."""
+        """The pixels, each averaged over the area it covers."""
         return F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True).flatten(1)
 
 
 class MLP(Embedding):
-    """Fully connected layers with ReLU between them; images are taken as long vectors.
+    """Fully connected layers with ReLU between them; images are treated as long vectors.
 
     Args:
-        n_inputs: numbers that go in.
-        n_outputs: numbers that come out.
-        hidden: widths of the layers between; two of 40 for the sinusoids of Finn et al. (2017), section 5.1.
+        n_inputs: number of inputs.
+        n_outputs: number of outputs.
+        hidden: widths of the hidden layers; two of 40 for the sinusoids of Finn et al. (2017), section 5.1.
 
     Example:
         >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
@@ -131,7 +132,7 @@ class MLP(Embedding):
         self.head_prefix, self.embedding_size = "head.", widths[-1]
 
     def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last layer."""
+        """The input of the last layer."""
         images = images.flatten(1)
         for layer in self.hidden:
             images = F.relu(layer(images))
@@ -145,7 +146,7 @@ class ConvNet(Embedding):
     article's network of four convolutional and two fully connected layers; `pooling="max"` gives the Conv-4
     of Matching and Prototypical Networks.
 
-    The normalisation policy says whose statistics normalise an image:
+    The normalisation policy decides whose statistics normalise an image:
 
     - `"batch"`: those of all images of the call. Query images are normalised together, as in the MAML code,
       so an answer may depend on the other queries: transductive.
@@ -162,8 +163,8 @@ class ConvNet(Embedding):
         pooling: how a block halves its image: `"stride"` (a strided convolution) or `"max"` (2×2 max-pooling).
         hidden: widths of fully connected layers before the last one.
         normalization: `"batch"`, `"support"` or `"group"`.
-        zero_head: whether the last layer begins at zero. Classes are numbered at random in every task, so an initial
-            layer that tells number 0 from number 1 can only mislead; MAML trains faster from one that does not.
+        zero_head: whether the last layer starts at zero. Classes are numbered at random in every task, so an initial
+            layer that distinguishes class 0 from class 1 can only mislead; MAML trains faster from one that does not.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
@@ -227,14 +228,14 @@ class ConvNet(Embedding):
         self.head_prefix = None if n_outputs is None else "head."
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
-        """What leaves the last convolutional block."""
+        """The output of the last convolutional block."""
         _check_images(images, self.image_shape)
         for block in self.blocks:
             images = block(images, n_support)
         return images
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last fully connected layer."""
+        """The input of the last fully connected layer."""
         embedding = self.features(images, n_support).flatten(1)
         for layer in self.hidden:
             embedding = F.relu(layer(embedding))
@@ -245,7 +246,7 @@ class ConvBlock(nn.Module):
     """Convolution 3×3, normalisation, halving, ReLU.
 
     Max-pooling comes before the ReLU: the two commute, and the ReLU then touches a quarter of the values.
-    The convolution has no bias, since the normalisation that follows would take it away again.
+    The convolution has no bias, since the normalisation that follows would remove it again.
     """
 
     def __init__(
@@ -264,7 +265,7 @@ class ConvBlock(nn.Module):
         return self._after_convolution(conv2d(images, self.weight, stride=self.stride, padding=1), n_support)
 
     def of_pairs(self, first: Tensor, second: Tensor, n_support: int | None) -> Tensor:
-        """The block on every image of `second` laid over every image of `first`, as channels after channels.
+        """The block on every image of `second` paired with every image of `first`, their channels stacked.
 
         `[m, c, h, w]` and `[n, c_in - c, h, w]` -> `[n * m, c_out, h / 2, w / 2]`. The convolution of stacked channels
         is the sum of the convolutions of each: `m + n` images are convolved, not `m * n` pairs.
@@ -295,8 +296,8 @@ class ResNet(Embedding):
     Args:
         n_outputs: logits at the end, the ways of a task; None: no last layer, the network embeds.
         widths: channels of each residual block; the first convolution has as many as the first block.
-        shift: in evaluation mode an embedding is the mean of those of the image and of the image moved by so many
-            pixels to each of the four sides; 0: of the image alone. Five passes instead of one.
+        shift: in evaluation mode, an embedding is the mean over the image and the image moved by this many pixels to
+            each of the four sides: five passes instead of one; 0: the image alone.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
@@ -339,7 +340,7 @@ class ResNet(Embedding):
         self.head_prefix = None if n_outputs is None else "head."
 
     def features(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
-        """What leaves the last block."""
+        """The output of the last block."""
         _check_images(images, self.image_shape)
         if self.training or not self.shift:
             return self._features(images)
@@ -353,12 +354,12 @@ class ResNet(Embedding):
         return images
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last layer, in the precision of the images, under autocast too."""
+        """The input of the last layer, in the precision of the images, even under autocast."""
         return self.features(images, n_support).flatten(1).to(images.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions 3×3 beside one 1×1, each normalised; their sum, halved or not, and ReLU."""
+    """Two 3×3 convolutions beside a 1×1 one, each normalised; their sum, halved or not, and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, *, halves: bool) -> None:
         super().__init__()
@@ -378,7 +379,7 @@ def _normalised(in_channels: int, out_channels: int, *, size: int = 3, stride: i
 
 
 def _check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
-    """Raise a `ValueError` if a network of that `image_shape` does not take the images."""
+    """Raise a `ValueError` if a network with this `image_shape` does not take the images."""
     if tuple(images.shape[1:]) != shape:
         found, wanted = ("×".join(map(str, sizes)) for sizes in (images.shape[1:], shape))
         raise ValueError(
@@ -393,7 +394,7 @@ def _check_options(pooling: str, normalization: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}")
 
 
-# --- anybody's network ---
+# --- any network ---
 
 
 def backbone(
@@ -403,15 +404,15 @@ def backbone(
     features: str | None = None,
     image_shape: tuple[int, int, int] | None = None,
 ) -> Embedding | Network:
-    """Make any module a `Network`; ours are returned as they are, and learners call this for all others.
+    """Turn any module into a `Network`; the package's own are returned unchanged. Learners call it for all others.
 
     Args:
         network: from images `[n, channel, height, width]` to logits or embeddings, `[n, number]`.
-        head: the name of its last layer, such as `"fc"`; default: the last `nn.Linear`. An empty string says that there
-            is none and that the whole network embeds, which is what metric and memory methods take for granted.
+        head: the name of its last layer, such as `"fc"`; default: the last `nn.Linear`. An empty string means that
+            there is none and that the whole network embeds, which metric and memory methods assume.
         features: the name of the layer whose outputs are the feature maps that `Relation` compares.
-        image_shape: channels, height and width, from which the lengths of embeddings and feature maps are found where
-            nothing else tells them.
+        image_shape: channels, height and width, used to find the sizes of embeddings and feature maps where nothing
+            else gives them.
 
     Raises:
         ValueError: if a layer of that name is missing.
@@ -427,7 +428,7 @@ def backbone(
 
 
 class Backbone(Embedding):
-    """Anybody's module as a network; see `backbone`."""
+    """Any module as a network; see `backbone`."""
 
     def __init__(
         self,
@@ -456,17 +457,17 @@ class Backbone(Embedding):
             self._probe(image_shape)
 
     def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
-        """What the module makes of the images, which layers like batch normalisation may make of all of them."""
+        """The module's outputs for the images, which layers like batch normalisation may compute from all of them."""
         return self.module(images)
 
     def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
-        """What enters the last layer; what leaves the module if there is none."""
+        """The input of the last layer; the output of the module if there is none."""
         if not self.head_name:
             return self.module(images).flatten(1)
         return self._seen(images, self.head_name, lambda inputs, _: inputs[0]).flatten(1)
 
     def features(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
-        """What leaves the layer that `features` names."""
+        """The output of the layer that `features` names."""
         if self.feature_name is None:
             return super().features(images)
         return self._seen(images, self.feature_name, lambda _, outputs: outputs)
@@ -496,10 +497,10 @@ class Backbone(Embedding):
 
 
 def embedding_size(network: Embedding, method: str) -> int:
-    """The length of a network's embeddings; a ValueError if it is not known."""
+    """The length of a network's embeddings; a ValueError if it is unknown."""
     if network.embedding_size is None:
         raise ValueError(
-            f"{method} must know the length of an embedding, which {network_name(network)} does not tell; give it "
+            f"{method} must know the length of an embedding, which {network_name(network)} does not state; give it "
             "backbone(network, image_shape=(channels, height, width))"
         )
     return network.embedding_size

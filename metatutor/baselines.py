@@ -1,4 +1,4 @@
-"""The conventional CNN, honestly: what classification without meta-learning reaches on the same tasks.
+"""The conventional CNN, honestly: what classification without meta-learning achieves on the same tasks.
 
 In reading order: a network trained from scratch on each support set; one pretrained as an ordinary classifier, then
 fine-tuned on each support set, or left as it is and compared by cosine; and no network at all, the nearest pixels.
@@ -47,9 +47,10 @@ class _Untrained(Learner):
 def _descend(
     learner: NetworkLearner, initial: Parameters, episode: Episode, steps: int, optimizer: Descent, moving: set[str]
 ) -> Parameters:
-    """Every task's parameters after `steps` of gradient descent on its support set; all but `moving` ones stay.
+    """Every task's parameters after `steps` steps on its support set; all but the `moving` ones stay the same.
 
-    One optimizer serves all tasks: it treats each number by itself, and no task's loss depends on another's parameters.
+    One optimizer serves all tasks: it treats each number separately, and no task's loss depends on another's
+    parameters.
     """
     parameters = {name: p.detach().clone().requires_grad_(name in moving) for name, p in initial.items()}
     descent = optimizer([p for p in parameters.values() if p.requires_grad])
@@ -67,20 +68,20 @@ def _descend(
 class Scratch(_Untrained, NetworkLearner):
     """Trains a new, randomly initialised network on each support set, then answers with it.
 
-    The initial parameters are drawn anew for each task, by the network's own law, from `seed` and the support images:
-    the answer to a task is the same in whatever batch the task comes. For its sake dropout is left out. Running
-    statistics are those of a task's own support set. Nothing is learnt from one task for another, so there is nothing
-    to meta-train and nothing to save: the learner has no parameters of its own.
+    The initial parameters are drawn afresh for each task, from the network's own distribution, by `seed` and the
+    support images: the answer to a task is the same whatever batch the task is in. For the same reason dropout is left
+    out. Running statistics are those of a task's own support set. Nothing is learned from one task for another, so
+    there is nothing to meta-train and nothing to save: the learner has no parameters of its own.
 
     Args:
-        network: the architecture; its present parameters are not used, unless they are frozen.
-        steps: of Adam, each on the whole support set.
+        network: the architecture; its current parameters are not used, unless they are frozen.
+        steps: steps of Adam, each on the whole support set.
         lr: learning rate of Adam.
-        seed: of the initial parameters, from 0.
-        loss: of outputs and labels; default: cross-entropy.
+        seed: seed of the initial parameters, from 0.
+        loss: function of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs, or it is asked for its `meta_loss`.
+        ValueError: if an episode does not have as many ways as the network has outputs, or if `meta_loss` is called.
 
     Example:
         >>> from metatutor import ConvNet
@@ -107,7 +108,7 @@ class Scratch(_Untrained, NetworkLearner):
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
-        """One output a class of a task."""
+        """One output per class of a task."""
         return n_way
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
@@ -147,7 +148,7 @@ class Scratch(_Untrained, NetworkLearner):
 
 
 def _draw(network: Network, generator: torch.Generator) -> Parameters:
-    """New parameters: uniform within 1 / sqrt(inputs) where a layer begins at random. Frozen ones stay as they are."""
+    """New parameters: uniform within 1 / sqrt(inputs) where a layer starts at random. Frozen ones stay as they are."""
     drawn = {}
     for path, layer in network.named_modules():
         own = dict(layer.named_parameters(recurse=False))
@@ -161,7 +162,7 @@ def _draw(network: Network, generator: torch.Generator) -> Parameters:
 
 
 def _not_random(layer: nn.Module) -> Parameters:
-    """A layer's own parameters that begin with the same values always, such as those of normalisation."""
+    """A layer's own parameters that always start with the same values, such as those of normalisation."""
     own = dict(layer.named_parameters(recurse=False))
     if isinstance(layer, ConvBlock):
         return {"scale": torch.ones_like(own["scale"]), "shift": torch.zeros_like(own["shift"])}
@@ -177,7 +178,7 @@ def _not_random(layer: nn.Module) -> Parameters:
 
 
 class _Pretrained(NetworkLearner):
-    """Answers an episode without support with the classifier itself: which is how it is pretrained."""
+    """Answers an episode without support with the classifier itself, which is how it is pretrained."""
 
     trains_on = "classes"
 
@@ -190,15 +191,15 @@ class _Pretrained(NetworkLearner):
             )
         names, head = dict(self.network.named_parameters()), self.network.get_submodule(self.network.head_prefix[:-1])
         if any(self.network.head_prefix + name not in names for name, _ in head.named_parameters()):
-            raise ValueError("the last layer shares its weights with another, but every task needs a last layer anew")
+            raise ValueError("the last layer shares its weights with another, but every task needs a new last layer")
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int:
-        """One output a class of all that it is pretrained on."""
+        """One output per class of all that it is pretrained on."""
         return n_train_classes
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """Learn from the support set, then answer the query images; without support, tell the pretraining classes."""
+        """Learn from the support set, then answer the query images; without support, name the pretraining classes."""
         if episode.support_images.shape[1]:
             return self.answer(episode)
         if self.network.n_outputs not in (None, episode.n_way):
@@ -210,19 +211,19 @@ class _Pretrained(NetworkLearner):
 
     @abstractmethod
     def answer(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """Logits of the query images, learnt from the support set."""
+        """Logits of the query images, learned from the support set."""
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """The mean cross-entropy of an ordinary classifier over a mini-batch of `ClassificationSampler`."""
         if episode.support_images.shape[1]:
             raise ValueError(
                 f"{type(self).__name__} is pretrained on all classes at once, not on episodes; "
-                "train(learner, classes, spec, config) sees to that"
+                "train(learner, classes, spec, config) takes care of that"
             )
         return super().meta_loss(episode)
 
     def finish(self) -> None:
-        """Forget the pretraining classes, whose last layer no task uses: the weights to record shrink to a few."""
+        """Forget the pretraining classes, whose last layer no task uses, so that fewer weights are recorded."""
         head = self.network.get_submodule((self.network.head_prefix or "").rstrip("."))
         for name, parameter in dict(head.named_parameters()).items():
             head.register_parameter(name, nn.Parameter(parameter[:1].detach().clone()))
@@ -233,18 +234,18 @@ class PretrainedFinetuned(_Pretrained):
     """Fine-tunes an ordinary classifier on each support set, with a new last layer for the classes of the task.
 
     Pretraining: cross-entropy over all meta-training classes at once (`ClassificationSampler`). At test time every
-    task starts from the same pretrained network with a last layer of zeros, and takes `steps` of gradient descent
+    task starts from the same pretrained network with a last layer of zeros, and takes `steps` steps of gradient descent
     with momentum 0.9.
 
     Args:
         network: the classifier; `n_outputs` is the number of meta-training classes.
-        steps: of gradient descent, each on the whole support set.
+        steps: steps of gradient descent, each on the whole support set.
         lr: its learning rate.
-        adapt: which parameters are fine-tuned: `"all"` or only the last layer, `"head"`.
-        loss: of outputs and labels; default: cross-entropy.
+        adapt: which parameters are fine-tuned: `"all"`, or `"head"`, only the last layer.
+        loss: function of outputs and labels; default: cross-entropy.
 
     Raises:
-        ValueError: if the network has not one output for each meta-training class, or is trained on episodes.
+        ValueError: if the network does not have one output per meta-training class, or is trained on episodes.
 
     Example:
         >>> from metatutor import ConvNet
@@ -291,15 +292,15 @@ class PretrainedCosine(_Pretrained):
     """Compares a pretrained classifier's embeddings: the class whose mean direction is nearest by angle.
 
     `logits = scale * cosine(embed(query), mean of embed(support) / |embed(support)| over the class)`. Nothing is
-    learnt at test time. Support and query images are embedded in one call.
+    learned at test time. Support and query images are embedded in one call.
 
     Args:
         network: the classifier; `n_outputs` is the number of meta-training classes.
-        scale: of the logits; it does not change which is largest.
-        loss: of outputs and labels in pretraining; default: cross-entropy.
+        scale: factor of the logits; it does not change which is largest.
+        loss: function of outputs and labels in pretraining; default: cross-entropy.
 
     Raises:
-        ValueError: if the network has not one output for each meta-training class, or is trained on episodes.
+        ValueError: if the network does not have one output per meta-training class, or is trained on episodes.
 
     Example:
         >>> from metatutor import ConvNet
@@ -334,10 +335,10 @@ class PretrainedCosine(_Pretrained):
 class NearestPixels(_Untrained):
     """Answers with the class of the support image whose pixels are nearest, by angle.
 
-    `logits[c] = max over the support images of class c of cosine(query, support)`, an image being a long vector.
+    `logits[c] = max over the support images of class c of cosine(query, support)`, with each image as one long vector.
 
     Raises:
-        ValueError: if it is asked for its `meta_loss`: there is nothing to learn.
+        ValueError: if `meta_loss` is called: there is nothing to learn.
 
     Example:
         >>> images, labels = torch.rand(1, 5, 1, 28, 28), torch.arange(5)[None]

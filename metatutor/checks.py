@@ -1,4 +1,4 @@
-"""What is asked of arguments: every error names the argument, what it must be and what it is."""
+"""Checks of arguments: every error names the argument, what it must be and what it is."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def check_not_negative(**numbers: float) -> None:
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raise a `ValueError` if an argument is none of the choices.
+    """Raise a `ValueError` if an argument is not one of the choices.
 
     Example:
         >>> check_choice("adapt", "tail", ["all", "head"])

@@ -1,4 +1,4 @@
-"""Few-shot classification of your own pictures, which says how far it is to be trusted."""
+"""Few-shot classification of your own pictures, which says how far to trust it."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ THUMBNAIL = 96  # pixels
 
 @dataclass(frozen=True)
 class SupportCheck:
-    """What the support set says of itself, every picture being left out once.
+    """What the support set says about itself when every picture is left out once.
 
     Attributes:
-        accuracy: of the pictures left out, 0 to 1; None: no class has two pictures.
-        low: end of its 95% interval (Wilson).
-        high: the other end.
+        accuracy: accuracy on the left-out pictures, 0 to 1; None: no class has two pictures.
+        low: lower end of its 95% interval (Wilson).
+        high: upper end.
         n: pictures that could be left out.
-        confused: the two classes most often taken for each other, and how often; None: none was.
+        confused: the two classes most often taken for each other, and how often; None: there were none.
         chance: accuracy of guessing.
     """
 
@@ -60,8 +60,8 @@ class Answers:
     """What was found out about some query pictures.
 
     Attributes:
-        probabilities: of each class, `[query, way]`.
-        cosines: to the nearest support pictures, the nearest first, `[query, 3]` or fewer.
+        probabilities: the probability of each class, `[query, way]`.
+        cosines: cosines to the nearest support pictures, the nearest first, `[query, 3]` or fewer.
         nearest: the numbers of these support pictures.
         novel: whether a picture is too far from every class, `[query]`.
     """
@@ -73,7 +73,7 @@ class Answers:
 
 
 class FewShotClassifier:
-    """Learns classes from a few pictures of each and names others, in the manner of scikit-learn.
+    """Learns classes from a few pictures of each and names others, in the style of scikit-learn.
 
     A trained network embeds every picture once; the head is fitted to the embeddings in closed form.
 
@@ -86,7 +86,7 @@ class FewShotClassifier:
 
     Attributes:
         classes_: the names of the classes, sorted.
-        check_: what the support set says of itself, a `SupportCheck`.
+        check_: what the support set says about itself, a `SupportCheck`.
         warnings_: what the reader should know, one sentence each.
         threshold_: the cosine below which a picture is too far from every class.
 
@@ -120,14 +120,14 @@ class FewShotClassifier:
         self.head: HeadName | Learner = head
 
     def fit(self, images: Iterable[Any], names: Iterable[Hashable]) -> FewShotClassifier:
-        """Learn from pictures and the names of their classes; classes may have unlike numbers of pictures.
+        """Learn from pictures and the names of their classes; classes may have different numbers of pictures.
 
         Args:
-            images: PIL images, paths, arrays or tensors, of any size each (see `picture_of`).
-            names: one a picture.
+            images: PIL images, paths, arrays or tensors, each of any size (see `picture_of`).
+            names: one per picture.
 
         Raises:
-            ValueError: if there are fewer than two classes, names do not fit, or a picture cannot be read.
+            ValueError: if there are fewer than two classes, names do not match, or a picture cannot be read.
         """
         return self.fit_pairs((picture_of(image), name) for image, name in _paired(images, names))
 
@@ -164,12 +164,12 @@ class FewShotClassifier:
         return self.classes_[chances.argmax(1)]
 
     def predict_proba(self, images: Iterable[Any]) -> Float[np.ndarray, "query way"]:
-        """Probabilities of the classes in the order of `classes_`; their scale is from the support set left out."""
+        """Probabilities in the order of `classes_`; their scale comes from the left-out support pictures."""
         found = [answers.probabilities for answers in self.answers(map(picture_of, images))]
         return torch.cat([torch.zeros(0, len(self.classes_)), *found]).numpy()
 
     def score(self, images: Iterable[Any], names: Sequence[Hashable]) -> float:
-        """The fraction of pictures that are named rightly."""
+        """The fraction of pictures that are named correctly."""
         return float((self.predict(images) == np.array(names)).mean())
 
     def novel(self, images: Iterable[Any]) -> Bool[np.ndarray, " query"]:
@@ -178,7 +178,7 @@ class FewShotClassifier:
         return torch.cat([torch.zeros(0, dtype=torch.bool), *found]).numpy()
 
     def answers(self, pictures: Iterable[Image.Image]) -> Iterator[Answers]:
-        """All that is found out about pictures, a few at a time, so that any number of them fits into memory."""
+        """Everything found out about pictures, a few at a time, so that any number of them fits into memory."""
         return (found for found, _ in self.answer_pairs((picture, None) for picture in pictures))
 
     def answer_pairs(self, pairs: Iterable[tuple[Image.Image, Any]]) -> Iterator[tuple[Answers, list[Any]]]:
@@ -199,7 +199,7 @@ class FewShotClassifier:
     def _prepared_pairs(
         self, pairs: Iterable[tuple[Image.Image, Any]]
     ) -> Iterator[tuple[Tensor, list[Any], list[Any]]]:
-        """Prepared pictures, a few at a time, the pictures, and what comes with them; the next are made meanwhile."""
+        """Prepared pictures, a few at a time, the pictures, and what comes with them; prepares the next meanwhile."""
 
         def prepared() -> Iterator[tuple[Tensor, list[Any], list[Any]]]:
             for some in batched(pairs, self.network_.batch):
@@ -240,7 +240,7 @@ class FewShotClassifier:
             ValueError: if the head is a `Learner`, which has a `save` of its own.
         """
         if isinstance(self.head, Learner):
-            raise ValueError("only closed-form heads are saved; a learner needs its support pictures, keep those")
+            raise ValueError("only closed-form heads are saved; a learner needs its support pictures, so keep those")
         thumbnails = torch.frombuffer(bytearray(b"".join(self.thumbnails_)), dtype=torch.uint8)
         tensors = {"center": self.head_.center, "weights": self.head_.weights, "bias": self.head_.bias}
         tensors |= {"left_out": self.head_.left_out, "support": self.support_, "labels": self.labels_}
@@ -260,11 +260,11 @@ class FewShotClassifier:
 
         Args:
             path: the file.
-            backbone: the network it was fitted with, if that is one of your own.
+            backbone: the network it was fitted with, if that is your own.
             weights: the file of weights it was fitted with, if there was one.
 
         Raises:
-            ValueError: if it is no such file, or the network embeds otherwise than the one it was fitted with.
+            ValueError: if it is not such a file, or the network embeds differently from the one it was fitted with.
         """
         with decoding(f"{path} is not a file that classify --save wrote"), safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["classifier"])
@@ -286,7 +286,7 @@ class FewShotClassifier:
 
 
 def interval(right: int, n: int) -> tuple[float, float]:
-    """The 95% interval of an accuracy of which `right` of `n` answers tell (Wilson).
+    """The 95% interval of an accuracy, from `right` correct answers of `n` (Wilson).
 
     Example:
         >>> [round(end, 2) for end in interval(9, 10)]
@@ -300,7 +300,7 @@ def interval(right: int, n: int) -> tuple[float, float]:
 
 
 def support_check(left_out: Float[Tensor, "n way"], labels: Int64[Tensor, " n"], names: list[str]) -> SupportCheck:
-    """What logits of pictures left out say; where they are not numbers, nothing."""
+    """What the logits of left-out pictures say; NaNs are skipped."""
     known = ~left_out.isnan().any(1)
     truth, found = labels[known].tolist(), left_out[known].argmax(1).tolist()
     right = sum(a == b for a, b in zip(truth, found, strict=True))
@@ -325,11 +325,11 @@ def _paired(images: Iterable[Any], names: Iterable[Hashable]) -> Iterator[tuple[
     except ValueError as error:
         if "zip()" not in str(error):
             raise
-        raise ValueError("there are not as many names as pictures; give one name a picture") from None
+        raise ValueError("there are not as many names as pictures; give one name per picture") from None
 
 
 def _sorted(names: Iterable[Hashable]) -> Shaped[np.ndarray, " way"]:
-    """Each name once; those of several kinds, or of a kind that arrays have no type for, as they are."""
+    """Each name once; kept as objects if of several types, or of a type that arrays do not have."""
     found: list[Any] = sorted(set(names), key=lambda name: (str(type(name)), name))
     of_one_kind = len({type(name) for name in found}) == 1 and isinstance(found[0], str | int)
     array = np.empty(len(found), object)
@@ -340,7 +340,7 @@ def _sorted(names: Iterable[Hashable]) -> Shaped[np.ndarray, " way"]:
 def _warnings_of_kind(network: PictureNetwork, pictures: Sequence[Image.Image]) -> list[str]:
     if not network.of_drawings or kind_of_all(pictures) != "photos":
         return []
-    return [f"these look like photos, and {network.name} knows drawn strokes only; take the backbone photos"]
+    return [f"these look like photos, but {network.name} knows only drawn strokes; use the backbone photos"]
 
 
 def nearest_cosine(
@@ -353,7 +353,7 @@ def nearest_cosine(
 def novelty_threshold(support: Float[Tensor, "n embedding"]) -> float:
     """Two standard deviations below the mean cosine of a support picture to its nearest other one.
 
-    The embeddings have length one. Of fewer than three pictures no threshold can be told: -1.
+    The embeddings have length one. With fewer than three pictures there is no threshold: -1.
     """
     if len(support) < 3:
         return -1.0
@@ -362,7 +362,7 @@ def novelty_threshold(support: Float[Tensor, "n embedding"]) -> float:
 
 
 def _probe(network: PictureNetwork) -> Float[Tensor, " embedding"]:
-    """What a network makes of a certain picture: a signature of its weights."""
+    """A network's embedding of a fixed picture: a signature of its weights."""
     from PIL import Image
 
     picture = Image.linear_gradient("L").resize((64, 64)).rotate(30)

@@ -1,4 +1,4 @@
-"""The command `metatutor`: whatever goes wrong ends it with one line and a status. `commands.py` has what it does."""
+"""The command `metatutor`: whatever goes wrong ends it with one line and a status. `commands.py` has its commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a mistake ends it with one line and exit status 2."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # names of files and classes that the terminal has no letters for
+        sys.stdout.reconfigure(errors="replace")  # names of files and classes that the terminal cannot show
     try:
         try:
             _run(given)
         finally:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be told
+            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
     except BrokenPipeError:
         _end(BROKEN_PIPE)
     except KeyboardInterrupt as interrupt:
@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _line(box: str) -> str:
-    """What is wrong, from tyro's box around it, what may have been meant, and where to read on."""
+    """What is wrong, from tyro's box around it, what may have been meant, and where to read more."""
     rows = "\n".join(row.strip("│ ") for row in box.splitlines()[1:])
     parts = [" ".join(part.split()) for part in re.split(r"(?m)^[─╰╯-]*$", rows)]  # between rules
     message = re.sub(r"^Error parsing __tyro\S+: ", "", next(filter(None, parts), "not understood"))
@@ -81,7 +81,7 @@ def _commands() -> Any:
         os.write(2, b"metatutor: interrupted\n")
         os._exit(INTERRUPTED)  # half a module helps nobody
 
-    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
     before = signal.signal(signal.SIGINT, leave) if in_main else None
     try:
         from metatutor import commands
@@ -95,7 +95,7 @@ def _end(status: int, message: str = "") -> None:
     """Exit with a status, after one line if there is something to say."""
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads on, or the disk is full: what is left is not to be tried again at exit
+    except OSError:  # nobody is reading, or the disk is full: the rest must not be tried again at exit
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:

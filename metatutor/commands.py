@@ -1,4 +1,4 @@
-"""Get the data, train, evaluate, reproduce; `metatutor --version` tells which version this is."""
+"""Get the data, train, evaluate, reproduce; `metatutor --version` prints the version."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from metatutor.files import one_line
 from metatutor.folders import answer, check_apart, learned
 from metatutor.report import Report, table
 
-Data = Annotated[Path | None, arg(metavar="DIR", help="of Omniglot; default: METATUTOR_DATA, else your cache folder")]
+Data = Annotated[Path | None, arg(metavar="DIR", help="folder of Omniglot; default: METATUTOR_DATA, else your cache")]
 Device = Annotated[str | None, arg(help="such as cpu or cuda:1; default: a GPU if there is one, but cpu to evaluate")]
-Runs = Annotated[Path, arg(help="the folder of your runs; this one's files go to a folder of its name there")]
+Runs = Annotated[Path, arg(help="the folder for your runs; this run's files go to a folder of its name there")]
 RunName = Annotated[str, tyro.conf.Positional, arg(metavar="RUN")]
 _WIDEST = 15  # classes of a confusion matrix on a terminal
 app = tyro.extras.SubcommandApp()
@@ -68,10 +68,10 @@ def train(
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Train and evaluate a learner; started again after a kill, it goes on where it was.
+    """Train and evaluate a learner; if it is killed, the same command continues where it was.
 
     Args:
-        name: of the run; its files go to the folder RUNS/NAME.
+        name: name of the run; its files go to the folder RUNS/NAME.
         config: what to train.
         test: how to evaluate it.
     """
@@ -90,10 +90,10 @@ def evaluate(
     data: Data = None,
     device: Device = None,
 ) -> None:
-    """Evaluate the recorded weights of a run, as it was done before or, given `--test.name`, otherwise.
+    """Evaluate the recorded weights of a run, as before or, given `--test.name`, in another way.
 
     Args:
-        run: a recorded evaluation, by its name; or the folder of a run, all of whose evaluations are meant.
+        run: the name of a recorded evaluation; or the folder of a run, for all of its evaluations.
         split: classes to draw the tasks from; default: as recorded.
         n_episodes: how many tasks; default: as recorded.
         test: another evaluation, which is recorded too, in the folder of the run.
@@ -118,11 +118,11 @@ def evaluate(
 def reproduce(
     run: RunName, runs: Runs = Path("runs"), data: Data = None, device: Device = None, record: bool = False
 ) -> None:
-    """Train a recorded run again from its config.json alone, evaluate it as it was, and compare.
+    """Train a recorded run again from its config.json alone, evaluate it as before, and compare.
 
     Args:
-        run: a recorded evaluation, by its name; or the path of a run's folder, or of its config.json.
-        record: copy the outcome to results/, in place of what is recorded there.
+        run: the name of a recorded evaluation; or the path of a run's folder, or of its config.json.
+        record: copy the result to results/, replacing what is recorded there.
     """
     path = Path(run)
     source = path.parent if path.name == "config.json" else _evaluations(run)[0]
@@ -153,15 +153,15 @@ def classify(
 
     Args:
         pictures: SUPPORT, a folder that has a folder of pictures for each class, unless --support is given; and QUERY,
-            a folder of pictures, one picture or, to be judged, a folder of class folders. Without QUERY the support set
-            is only checked.
+            a folder of pictures, one picture or, to measure accuracy, a folder of class folders. Without QUERY the
+            support set is only checked.
         head: what is fitted to the embeddings; or a recorded run whose learner takes any number of ways.
         backbone: the network that embeds; auto looks at the pictures.
-        weights: of the backbone, in a file: safetensors, or a state dict of PyTorch.
-        support: what --save wrote, in place of SUPPORT.
+        weights: a file of weights for the backbone: safetensors, or a state dict of PyTorch.
+        support: a file that --save wrote, in place of SUPPORT.
         save: a file for what was fitted.
-        csv: a file for the answers, one line a picture.
-        json: a file for all that was found out.
+        csv: a file for the answers, one line per picture.
+        json: a file for everything that was found out.
         report: a file for a page with the pictures, the most doubtful first, each beside the nearest support pictures.
     """
     if not 1 <= len(pictures) <= (2 if support is None else 1):
@@ -189,14 +189,14 @@ def classify(
 
 
 def _remarks(found: Report, skipped: int = 0, warnings: int = 0) -> list[str]:
-    """Lines on what was left out and what to beware of, but for the first ones."""
+    """Lines on what was left out and what to beware of, except the first ones."""
     lines = [f"left out: {path}: {reason}" for path, reason in list(found.skipped.items())[skipped:]]
     return [one_line(line) for line in (*lines, *(f"warning: {text}" for text in found.warnings[warnings:]))]
 
 
 @command
 def runs() -> None:
-    """List the recorded runs: every evaluation, what it came to, and the folder of its run."""
+    """List the recorded runs: every evaluation, its result, and the folder of its run."""
     rows = []
     for folder in recorded.run_folders():
         try:
@@ -216,12 +216,12 @@ def runs() -> None:
 def results(n_way: int | None = None, k_shot: int | None = None) -> None:
     """Every method beside its paper, and what it costs; published protocols differ, so this is not a ranking.
 
-    Times are those of one CPU thread, where they were measured: `ms` is to adapt to one task and answer it, tasks a
-    second where 32 go together.
+    Times are those of one CPU thread, where they were measured: `ms` is the time to adapt to one task and answer it,
+    tasks a second the rate when 32 go together.
 
     Args:
-        n_way: only tasks of so many classes.
-        k_shot: only tasks of so many support images a class.
+        n_way: only tasks with this many classes.
+        k_shot: only tasks with this many support images per class.
     """
     head = (
         "method",
@@ -248,12 +248,12 @@ def results(n_way: int | None = None, k_shot: int | None = None) -> None:
 
 
 def _evaluations(run: str) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of a run, and the evaluations that are meant: all, or the one of that name."""
+    """The folder of a run, and the evaluations asked for: all, or the one of that name."""
     folder = Path(run)
     if not (folder.parts[1:] or (folder / "config.json").exists()):
         found = recorded.load_run(run)
         return found.folder, [found.evaluation]
-    load_config(folder)  # or it is none
+    load_config(folder)  # an error if it is not a run
     return folder, recorded.read_evaluations(folder)["evaluations"]
 
 

@@ -12,7 +12,7 @@ from metatutor.runs import published, read_evaluations, run_folders, study
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))  # ways and shots
 PUBLISHED = "-published"  # the end of an evaluation's name: under the rules of the method's paper
 
-# The name that a recorded evaluation begins and ends with, to the method's, and to that of the published numbers.
+# From the beginning and end of a recorded evaluation's name to the method's, and to that of the published numbers.
 METHODS: dict[tuple[str, str], tuple[str, str | None]] = {
     ("nearest-pixels", ""): ("Nearest pixels", None),
     ("scratch", ""): ("CNN from scratch", None),
@@ -45,15 +45,15 @@ class Row:
     """One method on one kind of tasks of Omniglot.
 
     Attributes:
-        method: as the book calls it.
-        name: of the recorded evaluation.
-        ours: what it came to.
-        as_published: what it came to under the paper's own rules, where these differ from ours: as many query images as
-            the paper asks, which matters if they are answered together; None: not recorded.
+        method: its name in the book.
+        name: name of the recorded evaluation.
+        ours: its result.
+        as_published: its result under the paper's own rules, where these differ from ours: as many query images as in
+            the paper, which matters if they are answered together; None: not recorded.
         paper: the published number with its source and protocol; None if there is none.
-        train_seconds, parameters, peak_memory_mib: of the training whose weights were evaluated.
-        ms_a_task: milliseconds to adapt to one task and answer it, by itself, on one thread; None: not measured.
-        tasks_a_second: where 32 are answered side by side; None: not measured.
+        train_seconds, parameters, peak_memory_mib: those of the training whose weights were evaluated.
+        ms_a_task: milliseconds to adapt to a single task and answer it, on one thread; None: not measured.
+        tasks_a_second: tasks per second when 32 are answered side by side; None: not measured.
     """
 
     method: str
@@ -77,7 +77,7 @@ class Row:
 
     @property
     def papers_cell(self) -> str:
-        """The published accuracy as a table has it, such as `98.7 ± 0.4%`."""
+        """The published accuracy as tables show it, such as `98.7 ± 0.4%`."""
         if self.paper is None:
             return "–"
         interval = "" if self.paper["ci95"] is None else f" ± {100 * self.paper['ci95']:.1f}"
@@ -85,7 +85,7 @@ class Row:
 
 
 def compared(results: Path | None = None) -> list[Row]:
-    """One row a method and setting that was recorded, in the order of the book."""
+    """One row per method and setting that was recorded, in the order of the book."""
     records = {
         record["name"]: (about, record)
         for about in map(read_evaluations, run_folders(results))
@@ -110,7 +110,7 @@ def compared(results: Path | None = None) -> list[Row]:
 
 
 def summary(results: Path | None = None) -> list[tuple[str, ...]]:
-    """One row a method: its accuracy in each of `SETTINGS`, the paper's in brackets; – where there is none."""
+    """One row per method: its accuracy in each of `SETTINGS`, the paper's in brackets; – where there is none."""
     by_method: dict[str, dict[tuple[int, int], str]] = {}
     for row in compared(results):
         of_paper = f" ({100 * row.paper['accuracy']:.1f})" if row.paper else ""

@@ -1,6 +1,6 @@
-"""What a run was made from: a learner, a network, classes and a training, as `config.json` and the command line say it.
+"""What a run was made from: a learner, a network, classes and a training, as in `config.json` and on the command line.
 
-The arguments of a learner or network stand once, in its constructor. `config_of` reads them there.
+The arguments of a learner or network are written once, in its constructor. `config_of` reads them there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metatutor.episodes import EpisodeSpec
 from metatutor.learner import Learner
 from metatutor.training import TrainConfig, check_seed
 
-Key = Literal["method", "kind"]  # under which a learner, and a network, says its tag
+Key = Literal["method", "kind"]  # under which a learner, and a network, gives its tag
 Value = bool | int | float | None | str
 MOST_PARAMETERS = 2**30
 _LARGEST_FILE = 2**20  # bytes of JSON
@@ -44,17 +44,17 @@ class Arguments:
     tag: ClassVar[str]
 
     def build(self, *positional: Any, **others: Any) -> Any:
-        """The learner, of a network; or the network."""
+        """The learner, given a network; or the network."""
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in get_args(Key)}
         return self.of(*positional, **others, **chosen)
 
 
 @cache
 def config_of(cls: type[nn.Module]) -> Any:
-    """The arguments of a learner or network as a frozen dataclass, with its tag and its own words on each of them.
+    """The arguments of a learner or network as a frozen dataclass, with its tag and its own words about each.
 
-    All but `network` have defaults. Those that no JSON can hold, such as a loss, are left out, and so is `n_outputs`,
-    which is the learner's to say.
+    All but `network` have defaults. Those that JSON cannot hold, such as a loss, are left out, and so is `n_outputs`,
+    which the learner decides.
 
     Example:
         >>> from metatutor import MAML
@@ -122,10 +122,10 @@ class DataConfig:
     Args:
         source: `"omniglot"` or `"strokes"`.
         split: `"random"`, `"lake"` or `"vinyals"` for Omniglot; Strokes are always split by whole alphabets.
-        seed: of the split.
-        rotations: whether turned characters are classes of their own.
-        together: the share of training tasks whose characters are all of one alphabet.
-        warp: whether training images are turned, stretched, sheared and shifted a little, at random.
+        seed: seed of the split.
+        rotations: whether rotated characters are classes of their own.
+        together: the share of training tasks whose characters all come from one alphabet.
+        warp: whether training images are rotated, stretched, sheared and shifted a little, at random.
     """
 
     source: Literal["omniglot", "strokes"] = "omniglot"
@@ -140,7 +140,7 @@ class DataConfig:
         check_seed(self.seed)
 
     def load(self, root: Path | str | None = None) -> Splits:
-        """The three splits; `root` is where Omniglot lies (see `Omniglot.load`)."""
+        """The three splits; `root` is the folder with Omniglot (see `Omniglot.load`)."""
         if self.source == "strokes":
             splits = _strokes().split(seed=self.seed, rotations=self.rotations)
         else:
@@ -171,13 +171,13 @@ _Waves = Annotated[SinusoidsConfig, tyro.conf.subcommand("sinusoids")]
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """How a training is watched, on tasks of the meta-validation classes with as many ways as its own.
+    """How a training is monitored, on tasks of the meta-validation classes with as many ways as its own.
 
     Args:
         k_shot: support images of each class; default: as in training.
         n_query: query images of each class.
         n_episodes: tasks.
-        stream: whether every image of the support set is asked before its label is told.
+        stream: whether every image of the support set is classified before its label is revealed.
     """
 
     n_way: ClassVar[None] = None
@@ -193,16 +193,16 @@ class TestConfig:
     """One evaluation of a trained learner.
 
     Args:
-        name: what it is called among all evaluations of all runs.
+        name: its name among all evaluations of all runs.
         n_way: classes of a task; default: as in training.
         k_shot: support images of each class; default: as in training.
         n_query: query images of each class.
         n_episodes: tasks.
-        seed: of the stream of tasks.
+        seed: seed of the stream of tasks.
         split: the classes that tasks are drawn from.
-        stream: whether every image of the support set is asked before its label is told.
-        learner: arguments of the learner that are others than in training, such as test_inner_steps 10.
-        network: arguments of the network that are others than in training.
+        stream: whether every image of the support set is classified before its label is revealed.
+        learner: arguments of the learner that differ from training, such as test_inner_steps 10.
+        network: arguments of the network that differ from training.
     """
 
     __test__: ClassVar[bool] = False  # for pytest
@@ -239,7 +239,7 @@ class RunConfig:
         k_shot: support images of each class in training.
         n_query: query images of each class in training.
         train: the outer loop; None for a method that learns nothing before it sees a task.
-        validation: how the training is watched.
+        validation: how the training is monitored.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _STRICT
@@ -315,7 +315,7 @@ class RunConfig:
             return self.learner.build(self.network.build(n_outputs=outputs))
 
     def _outline(self) -> Learner:
-        """The learner without memory for its numbers: what is wrong with its arguments shows, and costs nothing."""
+        """The learner without memory for its numbers: mistakes in its arguments show up, at no cost."""
         try:
             with torch.device("meta"):
                 learner = self.build(n_train_classes=2)
@@ -333,7 +333,9 @@ class RunConfig:
     def _check(self, learner: Learner, spec: EpisodeSpec, stream: bool) -> None:
         """Raise a `ValueError` if the learner cannot answer such tasks."""
         if learner.ways not in (None, spec.n_way):
-            raise ValueError(f"{self.learner.tag} is made for n_way = {learner.ways}, not {spec.n_way}; let them agree")
+            raise ValueError(
+                f"{self.learner.tag} is made for n_way = {learner.ways}, not {spec.n_way}; make them agree"
+            )
         if stream and not learner.reads_streams:
             raise ValueError(f"{self.learner.tag} answers no stream; leave out `stream`")
 
@@ -347,7 +349,7 @@ def config_text(config: RunConfig) -> str:
 
 
 def parse_config(text: str, source: str = "config.json") -> RunConfig:
-    """A configuration from JSON; a ValueError names the first key that is unknown, ill-typed or there twice."""
+    """A configuration from JSON; a ValueError names the first key that is unknown, ill-typed or duplicated."""
     return _read(RunConfig, text, source)
 
 
@@ -357,30 +359,30 @@ def load_config(folder: Path) -> RunConfig:
 
 
 def parse_test(record: dict[str, Any]) -> TestConfig:
-    """The test that a recorded evaluation is of."""
+    """The test that a recorded evaluation came from."""
     said = {f.name: record[f.name] for f in fields(TestConfig) if f.name in record}
     return _read(TestConfig, json.dumps(said | {"split": record["split"].rpartition("/")[2]}), str(record["name"]))
 
 
 def read_text(path: Path) -> str:
-    """What stands in a small file of ours; a ValueError if there is none."""
+    """The text of a small file of ours; a ValueError if there is none."""
     try:
         if path.is_file() and path.stat().st_size <= _LARGEST_FILE:
             return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    raise ValueError(f"cannot read {path}: it is {'too large' if path.is_file() else 'no file'}")
+    raise ValueError(f"cannot read {path}: it is {'too large' if path.is_file() else 'not a file'}")
 
 
 def shown(value: object) -> str:
-    """A value as an error repeats it: not more than 200 characters of it."""
+    """A value as an error repeats it: at most 200 characters of it."""
     text = repr(value)
     return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _read(cls: Any, text: str, source: str) -> Any:
     try:
-        json.loads(text, object_pairs_hook=_distinct)  # pydantic takes the last of two alike keys
+        json.loads(text, object_pairs_hook=_distinct)  # pydantic takes the last of two equal keys
         return _adapter(cls).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
@@ -395,7 +397,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key {shown(key)} is there twice")
+            raise ValueError(f"the key {shown(key)} appears twice")
         found[key] = value
     return found
 

@@ -2,12 +2,12 @@
 
 Second-order MAML differentiates through a gradient. PyTorch can do that for any layer, but its double backward of
 batch normalisation is some thirty passes over the activations, and its double backward of a grouped convolution (what
-`vmap` over tasks turns a convolution into) loops over the groups. The functions here say the same mathematics in as few
-passes as we know. Any module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be
+`vmap` over tasks turns a convolution into) loops over the groups. The functions here compute the same in as few passes
+as we know how. Any module may call them, `vmap` over tasks and `torch.autograd` work as always, and they may be
 differentiated as often as you like (`batch_norm`: twice).
 
-On a CPU their results are channels last in memory, `[n, h, w, task * c]`: there batch normalisation and max-pooling
-run along the channels of all tasks at once, several times faster than along an image.
+On a CPU their results are channels-last in memory, `[n, h, w, task * c]`: there batch normalisation and max-pooling run
+along the channels of all tasks at once, several times faster than along an image.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -27,7 +27,7 @@ EPSILON = 1e-5
 def conv2d(
     images: Float[Tensor, "n c_in h w"], weight: Float[Tensor, "c_out c_in kh kw"], *, stride: int = 1, padding: int = 0
 ) -> Float[Tensor, "n c_out h_out w_out"]:
-    """The convolution `torch.nn.functional.conv2d`, with double backward by its own three products.
+    """The convolution `torch.nn.functional.conv2d`, whose double backward uses its own three products.
 
     A convolution is bilinear, so its value, its gradient in the images and its gradient in the weight are the
     derivatives of one trilinear form, `<out, images * weight>`; so are the gradients of these, and so on.
@@ -39,7 +39,7 @@ def conv2d(
 def batch_norm(
     images: Float[Tensor, "n c h w"], weight: Float[Tensor, " c"], bias: Float[Tensor, " c"]
 ) -> Float[Tensor, "n c h w"]:
-    """Batch normalisation with the statistics of `images` themselves, its double backward in six passes.
+    """Batch normalisation with the statistics of `images` themselves; its double backward takes six passes.
 
     `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance over n, h and w: Ioffe &
     Szegedy (2015), algorithm 1. A third derivative raises a RuntimeError.
@@ -66,31 +66,31 @@ def group_norm(
 
 
 def max_pool2d(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h_out w_out"]:
-    """The greatest of each 2×2 pixels; the first of them, where several are equal, takes the gradient."""
+    """The largest of each 2×2 pixels; where several are equal, the first of them gets the gradient."""
     return _Pool.apply(images)[0]
 
 
 def _lowered(tensor: Tensor) -> Tensor:
-    """In the lower precision of autocast, if it is on: once and for all derivatives."""
+    """In the lower precision of autocast, if it is on: once, for all derivatives."""
     kind = tensor.device.type
     return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
 
 
 def _laid_out(images: Tensor) -> Tensor:
-    """The same `[n, c, h, w]`, on a CPU channels last in memory; no copy if it is already."""
+    """The same `[n, c, h, w]`, channels-last in memory on a CPU; no copy if it is already."""
     if images.device.type != "cpu":
         return images
     return images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 def _of_shape(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A tensor of which only shape and layout are read; its memory is never touched."""
+    """A tensor that only provides a shape and a layout; its memory is never touched."""
     layout = torch.channels_last if like.device.type == "cpu" else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _merged(tensor: Tensor, task_dim: int | None, n_tasks: int, dim: int) -> Tensor:
-    """Each task a group along `dim`: `[task, n, c, h, w]` -> `[n, task * c, h, w]` along 1."""
+    """Make each task a group along `dim`: `[task, n, c, h, w]` -> `[n, task * c, h, w]` along 1."""
     if task_dim is None:
         tensor, task_dim = tensor.expand(n_tasks, *tensor.shape), 0
     return tensor.movedim(task_dim, dim).flatten(dim, dim + 1)
@@ -113,7 +113,7 @@ class _Geometry(NamedTuple):
 
 
 class _Factor(Function):
-    """The derivative of `<out, images * weight>` in the one of the three that is None; bilinear in the other two."""
+    """The derivative of `<out, images * weight>` in whichever of the three is None; bilinear in the other two."""
 
     generate_vmap_rule = True  # for `vmap(grad(...))`
 
@@ -145,7 +145,7 @@ class _Factor(Function):
 
 
 class _Conv(_Factor):
-    """`out = images * weight`, under `vmap` with each task a group."""
+    """`out = images * weight`; under `vmap`, each task is a group."""
 
     generate_vmap_rule = False
 
@@ -248,7 +248,7 @@ class _NormTwice(Function):
 
 
 class _Dense(Function):
-    """The same images without gaps in memory, in the layout they are in if the kernel of group normalisation reads it.
+    """The same images without gaps in memory; they keep their layout if the kernel of group normalisation reads it.
 
     PyTorch's own `group_norm` asks for the layout too, and some versions cannot answer under `vmap`.
     """
@@ -274,7 +274,7 @@ class _Dense(Function):
 
 
 class _Pool(Function):
-    """The greatest of each 2×2 pixels, and where it was."""
+    """The largest of each 2×2 pixels, and where it was."""
 
     @staticmethod
     def forward(images: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: a small network for photos, whose weights come from a package of their own."""
+"""EfficientNet-Lite0: a small network for photos, whose weights come from a separate package."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _EPSILON = 1e-3  # of the batch normalisation it was trained with
 
 
 class EfficientNetLite0(Embedding):
-    """The smallest EfficientNet without squeeze-and-excitation, with ReLU6 for swish: 4.65 million parameters.
+    """The smallest EfficientNet without squeeze-and-excitation, with ReLU6 instead of swish: 4.65 million parameters.
 
-    It takes colours as `(bytes - 127) / 128`, `[n, 3, 224, 224]`; an embedding has 1,280 numbers, the last layer tells
-    the 1,000 classes of ImageNet. Layers are called as in the published weights, without their underscores.
+    It takes colours as `(bytes - 127) / 128`, `[n, 3, 224, 224]`; an embedding has 1,280 numbers, the last layer
+    distinguishes the 1,000 classes of ImageNet. Layers are named as in the published weights, without their
+    underscores.
 
     Args:
         n_outputs: classes of the last layer.
@@ -70,7 +71,7 @@ class EfficientNetLite0(Embedding):
 
 
 class _Block(nn.Module):
-    """Widen by a 1×1 convolution, filter every channel by itself, narrow again; added to what came in if it fits."""
+    """Widen by a 1×1 convolution, filter every channel separately, narrow again; added to the input if it fits."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, widen: int) -> None:
         super().__init__()
@@ -88,7 +89,7 @@ class _Block(nn.Module):
 
 
 class _SamePadding(nn.Conv2d):
-    """A convolution of stride 2 centred as in TensorFlow: of an odd number of zeros around a side, more are at the end.
+    """A convolution with stride 2, centred as in TensorFlow: of an odd number of zeros on a side, more are at the end.
 
     Instead of padding a copy, even sides get zeros on both ends, and the output before the first one is left out.
     """
@@ -106,7 +107,7 @@ def _convolution(before: int, after: int, kernel: int, stride: int = 1, groups: 
 
 
 def _relu6(values: Tensor) -> Tensor:
-    return F.relu6(values, inplace=True)  # what goes in is nobody else's
+    return F.relu6(values, inplace=True)  # nothing else uses the input
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -114,7 +115,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 def fused(network: EfficientNetLite0) -> EfficientNetLite0:
-    """The same function with every normalisation folded into the convolution before it, in place: half the time."""
+    """The same function with every normalisation folded into the convolution before it, in place: twice as fast."""
     network.eval()
     for module in (network, *network.blocks):
         for convolution, norm in _PAIRS:

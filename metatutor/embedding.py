@@ -23,18 +23,19 @@ Query = Float[Tensor, "task query embedding"]
 class EmbeddingLearner(NetworkLearner):
     """Embeds every image of a task and answers from the embeddings, in one pass: no steps are taken on a task.
 
-    A method says how tasks are answered, `answer`, and, if not by cross-entropy, how the answer is judged, `meta_loss`.
+    A method defines how tasks are answered, `answer`, and, if not by cross-entropy, how answers are judged,
+    `meta_loss`.
 
-    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `finetune_loss` of the
-    support images asked about themselves: what the source article proposes, and none of the papers does. Outer loop
-    and fine-tuning do not meet: the outer loop trains without it.
+    With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `finetune_loss`, with the
+    support images as their own queries. This is what the source article proposes, and what none of the papers does. The
+    outer loop trains without fine-tuning.
 
     Args:
-        network: the embedding. Of one of ours a last layer, if it has one, is not used; of any other module the outputs
-            are the embeddings (see `backbone`).
-        finetune_steps: of gradient descent on each support set, in evaluation mode.
+        network: the embedding. If it is one of the package's networks and has a last layer, that layer is not used; the
+            outputs of any other module are the embeddings (see `backbone`).
+        finetune_steps: steps of gradient descent on each support set, in evaluation mode.
         finetune_lr: its learning rate.
-        loss: of logits and labels; default: cross-entropy.
+        loss: function of logits and labels; default: cross-entropy.
 
     Example:
         >>> import torch.nn.functional as F
@@ -69,10 +70,10 @@ class EmbeddingLearner(NetworkLearner):
 
     @abstractmethod
     def answer(self, episode: Episode) -> Logits:
-        """Logits of the query images, under the parameters as they are."""
+        """Logits of the query images, with the current parameters."""
 
     def forward(self, episode: Episode) -> Logits:
-        """Answer, in evaluation mode after fine-tuning on each support set if asked for."""
+        """Answer; in evaluation mode, after fine-tuning on each support set if there are steps for it."""
         if self.training or not self.finetune_steps:
             return self.answer(episode)
         return torch.cat([call_method(self, self.finetune(task), self.answer, task) for task in episode])
@@ -82,18 +83,18 @@ class EmbeddingLearner(NetworkLearner):
         return self.loss(self.answer(episode).flatten(0, 1), episode.query_labels.flatten())
 
     def finetune_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """What fine-tuning descends: the meta-loss, as a rule."""
+        """What fine-tuning minimises: by default, the meta-loss."""
         return self.meta_loss(episode)
 
     def embed(self, episode: Episode) -> tuple[Support, Query]:
-        """Embeddings of the support and of the query images; each task's are normalised by themselves."""
+        """Embeddings of the support and of the query images; each task is normalised separately."""
         n_support = episode.support_images.shape[1]
         images = torch.cat([episode.support_images, episode.query_images], dim=1)
         embeddings = self.of_tasks(lambda of_task: self.network.embed(of_task, n_support), images)
         return embeddings[:, :n_support], embeddings[:, n_support:]
 
     def of_tasks(self, function, *tensors: Tensor) -> Tensor:
-        """What a function makes of every task's tensors, each task by itself.
+        """A function's result for every task's tensors, each task processed separately.
 
         Side by side on a GPU; one after the other on a CPU, where one task's activations stay in the cache.
         """

@@ -47,21 +47,21 @@ class EpisodeSpec:
 class ClassImages:
     """Images by class: `images[c, d]` is drawing `d` of class `c`, pixels 0 (paper) to 255 (ink).
 
-    With `rotations`, every class counts four times: as drawn, and turned by 90, 180 and 270 degrees.
-    The turned classes are virtual: class `4 * c + r` is class `c` turned `r` times; no pixel is copied.
+    With `rotations`, every class counts as four: as drawn, and rotated by 90, 180 and 270 degrees. The rotated classes
+    are virtual: class `4 * c + r` is class `c` after `r` quarter turns; no pixel is copied.
 
     Args:
         images: `[class, drawing, channel, height, width]`, uint8.
-        names: one name a class, such as `"Greek/character03"`.
-        rotations: whether the three turned copies of each class count as classes.
-        together: the share of tasks all of whose classes belong together, such as characters of one alphabet, which
-            are harder to tell apart: classes do whose names have the same beginning up to `/`.
-        counts: how many images, the first ones, each class has, where these are not equally many; what follows them in
-            `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
+        names: one name per class, such as `"Greek/character03"`.
+        rotations: whether the three rotated copies of each class count as classes.
+        together: the share of tasks whose classes all belong together, such as characters of one alphabet, and so are
+            harder to tell apart. Classes belong together if their names are the same up to `/`.
+        counts: how many images each class has, if not all have the same number. Its images come first; whatever follows
+            them in `images` is never drawn. See `metatutor.data.images` for folders, datasets and arrays.
 
     Raises:
-        ValueError: if images are not uint8 or come channels last, names or counts do not fit them, or rotations are
-            asked of images that are not square.
+        ValueError: if images are not uint8 or are channels-last, names or counts do not match them, or rotations are
+            requested for images that are not square.
 
     Example:
         >>> classes = ClassImages(torch.zeros(3, 20, 1, 28, 28, dtype=torch.uint8), ("a", "b", "c"), rotations=True)
@@ -88,25 +88,27 @@ class ClassImages:
                 "(255 * images).round().to(torch.uint8)"
             )
         if shape[-1] in (1, 3, 4) and shape[2] not in (1, 3, 4):
-            raise ValueError(f"images come channels last, {list(shape)}; give images.movedim(-1, 2)")
+            raise ValueError(f"images are channels-last, {list(shape)}; give images.movedim(-1, 2)")
         if not 0 <= self.together <= 1:
             raise ValueError(f"together is a share of tasks, from 0 to 1, got {self.together}")
         if len(self.names) != len(self.images):
-            raise ValueError(f"{len(self.images)} classes of images but {len(self.names)} names; give one name a class")
+            raise ValueError(
+                f"{len(self.images)} classes of images but {len(self.names)} names; give one name per class"
+            )
         if self.rotations and shape[-1] != shape[-2]:
             raise ValueError(
                 f"rotations need square images, got {shape[-2]}×{shape[-1]}; resize them or drop rotations"
             )
         if self.counts is not None and not (self.counts.min() >= 1 and self.counts.max() <= shape[1]):
             raise ValueError(
-                f"counts must be from 1 to the {shape[1]} images that classes have room for, got {self.counts}"
+                f"counts must be from 1 to {shape[1]}, the most images that a class has room for, got {self.counts}"
             )
 
     def __len__(self) -> int:
         return len(self.images) * (4 if self.rotations else 1)
 
     def name(self, index: int) -> str:
-        """The name of class `index`, with its rotation if it is turned."""
+        """The name of class `index`, with its rotation if it is a rotated class."""
         if not self.rotations:
             return self.names[index]
         turned = f" (turned {90 * (index % 4)}°)" if index % 4 else ""
@@ -117,11 +119,11 @@ class ClassImages:
         return replace(self, rotations=True)
 
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> EpisodeSampler:
-        """What draws tasks of these classes."""
+        """A sampler of tasks from these classes."""
         return EpisodeSampler(self, spec, seed=seed)
 
     def mini_batches(self, spec: EpisodeSpec, *, seed: int = 0) -> ClassificationSampler:
-        """What draws ordinary mini-batches of all classes, as many images a row as a task of this spec has."""
+        """A sampler of ordinary mini-batches from all classes, with as many images per row as a task of this spec."""
         return ClassificationSampler(self, spec.n_way * (spec.k_shot + spec.n_query), seed=seed)
 
     def to(self, device: torch.device | str) -> ClassImages:
@@ -131,14 +133,14 @@ class ClassImages:
     def take(
         self, classes: Int64[Tensor, "*batch"], drawings: Int64[Tensor, "*batch n"]
     ) -> UInt8[Tensor, "*batch n channel height width"]:
-        """The named drawings of the named classes, turned where the class is a turned one."""
+        """The given drawings of the given classes, rotated where the class is a rotated one."""
         n_drawings, size, device = self.images.shape[1], self.images.shape[2:], self.images.device
         drawn, turns = (classes // 4, classes.flatten() % 4) if self.rotations else (classes, None)
         rows = (drawn.unsqueeze(-1) * n_drawings + drawings).view(classes.numel(), -1)
         every_drawing = self.images.flatten(0, 1)
         if turns is None:
             return every_drawing.index_select(0, rows.flatten().to(device)).view(*drawings.shape, *size)
-        order = turns.argsort()  # equal turns side by side: turning is then four slices, not four masks
+        order = turns.argsort()  # sorted by rotation, so that rotating takes four slices, not four masks
         taken = every_drawing.index_select(0, rows[order].flatten().to(device)).view(*rows.shape, *size)
         parts = taken.split(turns.bincount(minlength=4).tolist())
         turned = torch.cat([part.rot90(quarter, (-2, -1)) for quarter, part in enumerate(parts)])
@@ -150,19 +152,19 @@ class Episode:
     """A batch of tasks: what a learner may learn from (support) and what it must answer (query).
 
     Labels run from 0 to `n_way - 1` and mean nothing outside their task; `learner.predict` takes any labels. In a
-    regression task `images` are vectors, `labels` the real-valued targets, `[task, support, output]`, and `n_way` says
+    regression task `images` are vectors, `labels` the real-valued targets, `[task, support, output]`, and `n_way` is
     how many numbers a target has.
 
     Args:
         support_images: `[task, support, channel, height, width]`, pixels from 0 (paper) to 1 (ink).
-        support_labels: one label a support image; every class has at least one.
+        support_labels: one label per support image; every class has at least one.
         query_images: `[task, query, channel, height, width]`.
-        query_labels: one label a query image, if they are known; a learner's `forward` never reads them.
-        n_way: classes in each task; default: as the support labels say.
+        query_labels: one label per query image, if they are known; a learner's `forward` never reads them.
+        n_way: classes in each task; default: inferred from the support labels.
 
     Raises:
-        ValueError: if shapes do not fit, pixels are not floating-point numbers, or labels are not those of `n_way`
-            classes. `learner.predict` takes any labels, and images as they come.
+        ValueError: if shapes do not match, pixels are not floating-point numbers, or labels are not those of `n_way`
+            classes. `learner.predict` takes any labels, and images in other forms too.
 
     Example:
         >>> images, labels = torch.zeros(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -177,7 +179,7 @@ class Episode:
     support_images: Float[Tensor, "task support *image"]
     support_labels: Int[Tensor, "task support"] | Float[Tensor, "task support way"]
     query_images: Float[Tensor, "task query *image"]
-    query_labels: Any = None  # as support_labels, if they are known
+    query_labels: Any = None  # like support_labels, if they are known
     n_way: int = 0
 
     def __post_init__(self) -> None:
@@ -202,7 +204,7 @@ class Episode:
 
     @classmethod
     def unchecked(cls, *tensors: Tensor, n_way: int) -> Episode:
-        """An episode of tensors `[task, ...]` that were checked before, where values cannot be read: while tracing."""
+        """An episode of tensors `[task, ...]` that are known to be valid: while tracing, values cannot be checked."""
         made = object.__new__(cls)
         names = ("support_images", "support_labels", "query_images", "query_labels")
         vars(made).update(zip(names, tensors, strict=True), n_way=n_way)
@@ -215,17 +217,17 @@ class Episode:
         return (self.task(i) for i in range(len(self)))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Episode:
-        changed = copy(self)  # whose labels have been checked
+        changed = copy(self)  # which does not check the labels again
         vars(changed).update({name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
         return changed
 
     def chance(self) -> torch.Generator:
-        """Random numbers that are the same whenever the episode is: for methods that need some to answer."""
+        """A generator seeded by the episode itself, for methods that need random numbers to answer."""
         return torch.Generator().manual_seed(int(self.query_images.double().sum().item() * 2**30) % 2**63)
 
     def to(self, *where: Any) -> Episode:
         """The same tasks on a device, or with pixels (and real-valued targets) of another dtype."""
-        device = self.query_images[:0].to(*where).device  # labels of classes keep their dtype
+        device = self.query_images[:0].to(*where).device  # class labels keep their dtype
         return self._map(lambda tensor: tensor.to(*where) if tensor.is_floating_point() else tensor.to(device))
 
     def tasks(self, which: slice) -> Episode:
@@ -233,7 +235,7 @@ class Episode:
         return self._map(lambda tensor: tensor[which])
 
     def task(self, index: int) -> Episode:
-        """Task `index`, counted from 0, alone, as a batch of one; a ValueError if there is no such task."""
+        """Task `index`, counted from 0, as a batch of one; a ValueError if there is no such task."""
         if not 0 <= index < len(self):
             raise ValueError(f"no task {index} in an episode of {len(self)} tasks; count from 0")
         return self.tasks(slice(index, index + 1))
@@ -244,16 +246,16 @@ class EpisodeSampler:
 
     Every draw comes from CPU generators, so the same seed gives the same tasks on every platform and device, however
     many are drawn at once. Which class gets which label is part of the draw, and the support images come in random
-    order. Where turned classes count, a task holds no class twice, turned otherwise: a circle and a turned circle are
+    order. Where rotated classes count, no task has the same class in two rotations: a circle and a rotated circle are
     one.
 
     Args:
         classes: where the images come from.
         spec: the shape of the tasks.
-        seed: where the stream of tasks begins.
+        seed: selects the stream of tasks.
 
     Raises:
-        ValueError: if there are fewer classes (turned ones not counted) than `n_way`, or fewer drawings of a class
+        ValueError: if there are fewer classes (not counting rotated ones) than `n_way`, or fewer drawings of a class
             than `k_shot + n_query`.
 
     Example:
@@ -277,14 +279,14 @@ class EpisodeSampler:
         self.classes, self.spec = classes, spec
         self.groups = _groups(classes.names, spec.n_way) if classes.together else []
         self.generator = torch.Generator().manual_seed(seed)
-        self.order = torch.Generator().manual_seed(seed)  # of the support set: its own, so that it changes no task
+        self.order = torch.Generator().manual_seed(seed)  # of the support set: separate, so that it changes no task
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream of tasks is."""
+        """The position in the stream of tasks."""
         return {"generator": self.generator.get_state(), "order": self.order.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self.generator.set_state(state["generator"])
         self.order.set_state(state["order"])
 
@@ -293,7 +295,7 @@ class EpisodeSampler:
         return self.sample_with_classes(n_tasks)[0]
 
     def sample_with_classes(self, n_tasks: int) -> tuple[Episode, Int64[Tensor, "task way"]]:
-        """Draw the next `n_tasks` tasks; also tell which class each label stands for."""
+        """Draw the next `n_tasks` tasks; also return which class each label stands for."""
         check_positive(n_tasks=n_tasks)
         n_way, k_shot, n_query = self.spec.n_way, self.spec.k_shot, self.spec.n_query
         classes, drawings = self._draw(n_tasks)
@@ -310,7 +312,7 @@ class EpisodeSampler:
         """Distinct classes of each task, distinct drawings of each class, in random order."""
         n_drawn, n_drawings = self.classes.images.shape[:2]
         n_way, n_shots = self.spec.n_way, self.spec.k_shot + self.spec.n_query
-        # one row of random keys a task, so that a task does not depend on how many are drawn at once
+        # one row of random keys per task, so that a task does not depend on how many are drawn at once
         sizes = [n_drawn, n_way, n_way * n_drawings]
         keys = torch.rand(n_tasks, sum(sizes), dtype=torch.float64, generator=self.generator).split(sizes, dim=1)
         classes = keys[0].topk(n_way).indices
@@ -326,7 +328,7 @@ class EpisodeSampler:
         return classes, of_drawings.topk(n_shots).indices
 
     def _put_together(self, classes: Int64[Tensor, "task way"], turns: Int64[Tensor, "task way"]) -> None:
-        """Replace the classes of a share of the tasks by such as belong together, all turned alike."""
+        """Replace the classes of a share of the tasks by classes that belong together, all in the same rotation."""
         for task in range(len(classes)):
             chance, which = torch.rand(2, dtype=torch.float64, generator=self.generator).tolist()
             if chance < self.classes.together:
@@ -336,7 +338,7 @@ class EpisodeSampler:
 
 
 def _groups(names: Sequence[str], n_way: int) -> list[Int64[Tensor, " member"]]:
-    """The classes that belong together by their names, where these are enough for a task."""
+    """The groups of classes that belong together by name, where there are enough for a task."""
     members: dict[str, list[int]] = {}
     for number, name in enumerate(names):
         members.setdefault(name.partition("/")[0], []).append(number)
@@ -348,35 +350,35 @@ def _groups(names: Sequence[str], n_way: int) -> list[Int64[Tensor, " member"]]:
 
 
 class SeededSampler:
-    """Draws a stream of tasks from one generator, which is all that a resumed run must restore; a base class.
+    """A base class that draws a stream of tasks from one generator, all that a resumed run must restore.
 
     Args:
-        seed: where the stream begins.
+        seed: selects the stream.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.generator = torch.Generator().manual_seed(seed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream is."""
+        """The position in the stream."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from where `state_dict` was taken."""
         self.generator.set_state(state["generator"])
 
 
 class ClassificationSampler(SeededSampler):
-    """Draws ordinary mini-batches of labelled images, in the clothes of an episode.
+    """Draws ordinary mini-batches of labelled images, dressed up as an episode.
 
-    A mini-batch is an episode without support: one task whose ways are all the classes at once, as for the baselines of
-    Chen et al. (2019), section 3.2. Each image is of a class drawn at random, with replacement. The rows of an episode
-    are a mini-batch in parts, which processes can share: `n_tasks * images_per_task` images in all.
+    A mini-batch is an episode without support: one task over all the classes at once, as for the baselines of Chen et
+    al. (2019), section 3.2. The class of each image is drawn at random, with replacement. The rows of an episode split
+    the mini-batch into parts, which processes can share: `n_tasks * images_per_task` images in all.
 
     Args:
         classes: where the images come from; label `c` is class `c`.
         images_per_task: images in a row.
-        seed: where the stream of images begins.
+        seed: selects the stream of images.
     """
 
     def __init__(self, classes: ClassImages, images_per_task: int, *, seed: int = 0) -> None:
@@ -408,8 +410,8 @@ def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Te
     if labels.is_floating_point():
         if labels.dim() != 3 or labels.shape[2] != n_way:
             raise ValueError(
-                f"{part}_labels are floats: targets of a regression, [task, point, {n_way}], got {list(labels.shape)}; "
-                "labels of classes are integers"
+                f"{part}_labels are floats: targets of a regression must be [task, point, {n_way}], got "
+                f"{list(labels.shape)}; class labels must be integers"
             )
         return labels
     if labels.dim() != 2:
@@ -420,7 +422,7 @@ def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Te
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_way:
         raise ValueError(
-            f"{part}_labels run from {low} to {high}, but those of {n_way} classes from 0 to {n_way - 1}; "
+            f"{part}_labels run from {low} to {high}, but labels of {n_way} classes run from 0 to {n_way - 1}; "
             "learner.predict takes labels of any kind"
         )
     if part == "support":
@@ -428,8 +430,8 @@ def _checked_labels(labels: Tensor, images: Tensor, n_way: int, part: str) -> Te
         if not bool(present.all()):
             missing = int((~present).any(0).nonzero()[0])
             raise ValueError(
-                f"class {missing} of n_way = {n_way} has no support image in some task; number only classes that are "
-                "there, from 0 (learner.predict does)"
+                f"class {missing} of n_way = {n_way} has no support image in some task; number only the classes "
+                "that are present, from 0 (learner.predict does)"
             )
     return labels
 

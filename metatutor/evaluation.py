@@ -23,19 +23,20 @@ class Evaluation:
     """Means over episodes with their 95% confidence intervals, and how they were measured.
 
     Args:
-        metric: `"accuracy"`: the fraction of query images answered rightly, 0 to 1; `"accuracy_by_instance"`: of the
-            first, second, … image of each class in a stream; `"mse_by_step"`: the squared error of a regression before
-            the first inner step and after each.
-        mean: over episodes: a float, or a list of one an instance or step.
+        metric: `"accuracy"`: the fraction of query images answered correctly, 0 to 1; `"accuracy_by_instance"`: that of
+            the first, second, … image of each class in a stream; `"mse_by_step"`: the squared error of a regression
+            before the first inner step and after each.
+        mean: the mean over episodes: a float, or a list with one per instance or step.
         ci95: half the width of the 95% confidence interval of each mean: `1.96 * s / sqrt(n_episodes)`, where `s` is
             the standard deviation over episodes.
         n_episodes: tasks evaluated.
         n_way, k_shot, n_query: the shape of the tasks.
         split: which classes they were drawn from.
-        seed: of the stream of tasks.
+        seed: seed of the stream of tasks.
         normalization: the network's normalisation policy, or `"none"`.
         transductive: whether an answer depended on the other queries of its task, as measured.
-        values: of every episode, `[episode]` or `[episode, instance or step]`, for paired comparisons; not recorded.
+        values: those of every episode, `[episode]` or `[episode, instance or step]`, for paired comparisons; not
+            recorded.
 
     Example:
         >>> print(Evaluation("accuracy", 0.9871, 0.0023, 1000, 5, 1, 15, "random-0/test", 0, "batch", True))
@@ -88,13 +89,13 @@ class Evaluation:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
-        """The evaluation that `record` wrote; a ValueError if a key is missing, and others are passed over."""
+        """The evaluation that `record` wrote; a ValueError if a key is missing; unknown keys are ignored."""
         metric: Any = next((name for name in _INTERVAL if name in record), "accuracy")
         try:
             rest = {f.name: record[f.name] for f in fields(cls) if f.name not in _NOT_RECORDED}
             return cls(metric=metric, mean=record[metric], ci95=record[_INTERVAL[metric]], **rest)
         except KeyError as missing:
-            raise ValueError(f"an evaluation lacks {missing}; make it anew with `metatutor evaluate`") from None
+            raise ValueError(f"an evaluation lacks {missing}; repeat it with `metatutor evaluate`") from None
 
 
 def scores(
@@ -102,8 +103,9 @@ def scores(
 ) -> Float[Tensor, "episode ..."]:
     """What a learner scores on each of a sampler's next tasks, in evaluation mode and on the device of the learner.
 
-    Accuracies from 0 to 1, one an episode, or `[episode, instance]` of streams; squared errors `[episode, step]` of
-    regressions. `tasks_per_batch` are answered side by side, which does not change the result, but for rounding.
+    Accuracies from 0 to 1, one per episode, or `[episode, instance]` for streams; squared errors `[episode, step]` for
+    regressions. `tasks_per_batch` tasks are answered side by side, which does not change the result, except for
+    rounding.
     """
     if stream and not learner.reads_streams:
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
@@ -124,21 +126,21 @@ def evaluate(
     stream: bool = False,
     tasks_per_batch: int = 32,
 ) -> Evaluation:
-    """Evaluate a learner on tasks drawn from classes, meta-test classes as a rule.
+    """Evaluate a learner on tasks drawn from classes, normally meta-test classes.
 
     Args:
         learner: in any mode; it is evaluated in evaluation mode and its mode restored.
         classes: where the tasks are drawn from: `ClassImages`, or anything that has a `sampler(spec, seed=…)`.
         spec: their shape.
         n_episodes: how many; at least 2.
-        seed: of the stream of tasks.
+        seed: seed of the stream of tasks.
         split: a name for the classes, for the record.
-        stream: whether support sets are streams, every image of which is asked before its label is told.
+        stream: whether support sets are streams, where every image is classified before its label is revealed.
         tasks_per_batch: tasks answered side by side.
 
     Raises:
-        ValueError: if there are fewer than 2 episodes, the classes are too few for the spec, or the learner was made
-            for other tasks.
+        ValueError: if there are fewer than 2 episodes, too few classes for the spec, or the learner was made for other
+            tasks.
 
     Example:
         >>> from metatutor import NearestPixels, Strokes

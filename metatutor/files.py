@@ -1,6 +1,6 @@
-"""Files written whole and read within bounds: what lies on a disk, or comes from a network, may be anything.
+"""Files written whole and read within bounds: what is on a disk, or comes from a network, may be anything.
 
-Whatever goes wrong is a ValueError of one line, or an OSError where that says.
+Whatever goes wrong raises a ValueError with a one-line message, or an OSError where stated.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _MOST_FILES, _MOST_BYTES = 100_000, 65_536  # in an archive; of a file in it
 
 
 def one_line(text: str) -> str:
-    """A message as one printable line of at most 2,000 characters, whatever the names in it are made of."""
+    """A message as one printable line of at most 2,000 characters, whatever the names in it contain."""
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= 2000 else f"{text[:1000]} … {text[-997:]}"
 
 
 def expanded(path: Path | str, origin: str) -> Path:
-    """A path with the home folder for its `~`; if there is no such user, a ValueError says that `origin` named it."""
+    """A path with its `~` replaced by the home folder; if there is no such user, a ValueError names its `origin`."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -45,9 +45,9 @@ def expanded(path: Path | str, origin: str) -> Path:
 def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     """A new, empty file beside `path` to write to: it takes that name at the end, and vanishes if anything fails.
 
-    Readers find the old file or the new one, never half of one. Several may write at once, threads or processes: the
-    last to end wins. What killed writers of the same `path` left behind is removed first. Its folder is made if need
-    be. Where folder or disk do not allow it, the message of the ValueError ends with the `hint`.
+    Readers find the old file or the new one, never half of one. Several threads or processes may write at once: the
+    last to finish wins. What killed writers of the same `path` left behind is removed first. The folder is created if
+    needed. Where the folder or the disk does not allow it, the message of the ValueError ends with the `hint`.
     """
     temporary = path.with_name(f"{path.name}.{_processes()}-{os.getpid()}-{uuid4().hex[:8]}.tmp")
     _WRITING.add(temporary.name)
@@ -68,7 +68,7 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
 
 
 def _processes() -> str:
-    """Whom a process number is known to: a machine, or a container, of those that share the folder."""
+    """Where a process number is valid: a machine, or a container, among those that share the folder."""
     container = ""
     with suppress(OSError):
         container = os.readlink("/proc/self/ns/pid")  # where there is such a thing
@@ -88,15 +88,16 @@ def _is_leftover(file: Path, processes: str, process: int) -> bool:
 
     if processes != _processes():
         return time.time() - file.stat().st_mtime > _HOUR
-    if process == os.getpid():  # of an earlier process: numbers come again
+    if process == os.getpid():  # of an earlier process: numbers are reused
         return file.name not in _WRITING
     return not pid_exists(process)
 
 
 def download(url: str, path: Path, at_most: int) -> None:
-    """Download a file, with a progress bar, in place of what is at `path`; never more than `at_most` bytes.
+    """Download a file, with a progress bar, replacing what is at `path`; never more than `at_most` bytes.
 
-    A `requests.RequestException` says that the address does not answer, a ValueError that it is none, or gives more.
+    A `requests.RequestException` says that the address does not answer, a ValueError that it is not an address, or
+    sends more.
     """
     from pooch import HTTPDownloader
 
@@ -115,7 +116,7 @@ def download(url: str, path: Path, at_most: int) -> None:
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Makes a ValueError that begins with `what` of what damaged bytes raise: a dozen types in zipfile and Pillow."""
+    """Turns what damaged bytes raise, a dozen types in zipfile and Pillow, into a ValueError beginning with `what`."""
     try:
         yield
     except Exception as error:
@@ -125,7 +126,7 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def entries(folder: Path) -> list[str]:
-    """The paths of all in a folder, 100,000 at most; links are not followed, for they could lead in a circle."""
+    """The paths of everything in a folder, at most 100,000; links are not followed, as they could lead in a circle."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -140,10 +141,10 @@ def entries(folder: Path) -> list[str]:
 
 @contextmanager
 def members(source: Path, base: Path) -> Iterator[tuple[list[str], Callable[[str], bytes]]]:
-    """What is in a zip or a folder: the names, sorted, in a folder counted from `base`; and how to read a small file.
+    """What is in a zip or a folder: the sorted names, relative to `base` in a folder; and a way to read a small file.
 
-    Reading raises many types where a file is damaged (see `decoding`); a ValueError, if it would take more time or
-    memory than an archive of small files.
+    Reading a damaged file raises many types (see `decoding`); a ValueError if it would take more time or memory than an
+    archive of small files.
     """
     if source.is_dir():
         yield sorted(Path(path).relative_to(base).as_posix() for path in entries(source)), partial(_read_file, base)
@@ -177,4 +178,4 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("expected it stored or deflated: other methods unpack without a bound")
     with archive.open(member) as file:
-        return file.read(member.file_size)  # with a number, so that no more is unpacked than that
+        return file.read(member.file_size)  # with a size, so that no more than that is unpacked

@@ -17,11 +17,11 @@ from metatutor.report import Report, Row, shown
 from metatutor.runs import load_run
 
 _SIDE = 560  # pixels: twice those that networks look at, THUMBNAIL at least
-_SAME = 0.99999  # the cosine of a picture to itself, but for rounding
+_SAME = 0.99999  # the cosine of a picture with itself, up to rounding
 
 
 def learned(support: Path, head: str = "auto", backbone: str = "auto", weights: Path | None = None) -> Report:
-    """A classifier fitted to a folder of class folders, with what there is to say of it.
+    """A classifier fitted to a folder of class folders, with what there is to say about it.
 
     Raises:
         ValueError: if there are not two classes with pictures, or head or backbone do not exist.
@@ -39,10 +39,10 @@ def learned(support: Path, head: str = "auto", backbone: str = "auto", weights: 
 
 
 def answer(report: Report, query: Path, *, keep: bool = False) -> None:
-    """Name the pictures of a folder, of class folders, or one, and add what is found to a report.
+    """Name one picture, or those of a folder or of class folders, and add what is found to a report.
 
     Args:
-        report: of a fitted classifier.
+        report: the report of a fitted classifier.
         query: the folder or file.
         keep: whether to keep small copies of the pictures, for a page.
 
@@ -76,11 +76,11 @@ def _row(report: Report, answers: Answers, i: int, path: Path, truth: str | None
 
 
 def check_apart(support: Path, query: Path) -> None:
-    """Raise a `ValueError` if the pictures to name are those learned from."""
+    """Raise a `ValueError` if the pictures to name are the ones learned from."""
     support, query = expanded(support, "SUPPORT"), expanded(query, "QUERY")
     if support.exists() and query.exists() and support.samefile(query):
         raise ValueError(
-            f"{query} is the support folder: its pictures are known already, and are left out one by one to check; "
+            f"{query} is the support folder: its pictures are known already, and are left out one by one as a check; "
             "give other pictures as QUERY, or none"
         )
 

@@ -1,4 +1,4 @@
-"""Functions of many tasks at once: a function for every task, class means, a method under other parameters."""
+"""Functions of many tasks at once: a function for every task, class means, a method with other parameters."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 Parameters = dict[str, Tensor]
 Labels = Int[Tensor, "task support"]
-Vectors = Float[Tensor, "task parameter"]  # all parameters of a task in a row
+Vectors = Float[Tensor, "task parameter"]  # all parameters of a task, concatenated
 
 
 @contextmanager
 def _differentiable_attention() -> Iterator[None]:
-    """Without the short cut of PyTorch's Transformer layers in evaluation mode, which has no derivatives."""
+    """Turn off the fast path of PyTorch's Transformer layers in evaluation mode, which has no derivatives."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -34,8 +34,8 @@ def _differentiable_attention() -> Iterator[None]:
 class TaskMap:
     """Applies a function to every task: side by side if `vmap` can, one after the other if it cannot.
 
-    Recurrent layers and running statistics are among what `vmap` cannot do. The first failure is told once; from then
-    on tasks are taken one by one, which gives the same results more slowly.
+    Recurrent layers and running statistics are among the things that `vmap` cannot do. The first failure is reported
+    once; from then on tasks are computed one by one, which gives the same results more slowly.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class TaskMap:
 
     @_differentiable_attention()
     def __call__(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
-        """What the function makes of every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
+        """The function's result for every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
         if self.side_by_side:
             try:
                 return vmap(function, randomness="different")(*trees)
@@ -52,12 +52,12 @@ class TaskMap:
                     raise
                 self.side_by_side = False
                 reason = str(error).strip().partition("\n")[0][:160]
-                warnings.warn(f"tasks are computed one by one, since vmap cannot: {reason}", stacklevel=3)
+                warnings.warn(f"tasks are computed one by one, since vmap fails: {reason}", stacklevel=3)
         return one_by_one(function, *trees)
 
 
 def one_by_one(function: Callable[..., Tensor], *trees: Any) -> Tensor:
-    """What a function makes of every task's tensors, each task by itself."""
+    """A function's result for every task's tensors, computed task by task."""
     n_tasks = len(tree_leaves(trees)[0])
     return torch.stack([function(*tree_map(lambda tensor, i=i: tensor[i], trees)) for i in range(n_tasks)])
 
@@ -79,7 +79,7 @@ def class_maxima(
 
 
 def call_method(module: nn.Module, parameters: Parameters, method: Callable[..., Any], *arguments: Any) -> Any:
-    """What a method of a module returns under other parameters, given by their names in the module."""
+    """What a method of a module returns with other parameters, given by their names in the module."""
     under = {f"module.{name}": p for name, p in parameters.items()}
     return functional_call(_Method(module, method), under, arguments)
 
@@ -96,7 +96,7 @@ class _Method(nn.Module):
 
 
 def with_gradient(value: Tensor, inputs: Iterable[Tensor], gradients: Iterable[Tensor]) -> Float[Tensor, ""]:
-    """A scalar whose gradients in some inputs are known already: linear in them, with the given value here.
+    """A scalar with known gradients with respect to some inputs: linear in them, and here equal to `value`.
 
     Example:
         >>> weight = nn.Parameter(torch.ones(2))
@@ -109,18 +109,18 @@ def with_gradient(value: Tensor, inputs: Iterable[Tensor], gradients: Iterable[T
 
 
 def flatten_tasks(tensors: Iterable[Tensor]) -> Vectors:
-    """Tensors `[task, ...]`, one after the other, as a vector for each task."""
+    """Tensors `[task, ...]`, concatenated into one vector per task."""
     return torch.cat([tensor.reshape(len(tensor), -1) for tensor in tensors], dim=1)
 
 
 def unflatten_tasks(vectors: Vectors, like: Parameters) -> Parameters:
-    """The vectors taken apart again, by the names and shapes of some parameters `[task, ...]`."""
+    """The vectors split up again, by the names and shapes of some parameters `[task, ...]`."""
     parts = vectors.split([p[0].numel() for p in like.values()], dim=1)
     return {name: part.reshape(p.shape) for part, (name, p) in zip(parts, like.items(), strict=True)}
 
 
 def leaves(parameters: Parameters) -> Parameters:
-    """The same parameters without their past."""
+    """The same parameters without their history."""
     return {n: p.detach().requires_grad_() for n, p in parameters.items()}
 
 

@@ -1,4 +1,4 @@
-"""Last layers for embeddings of a few pictures, in closed form; each also says what it answers for a picture left out.
+"""Last layers for embeddings of a few pictures, in closed form; each also gives its answer for a left-out picture.
 
 Every head is linear in the direction of an embedding from the middle of the classes:
 `logits = direction(embedding) W + b`.
@@ -35,8 +35,8 @@ class LinearHead:
         center: the middle of the classes, `[embedding]`.
         weights: `[embedding, way]`.
         bias: `[way]`.
-        left_out: logits of every support picture by the same head without it, `[n, way]`; of the only picture of its
-            class they say nothing, and are not numbers.
+        left_out: logits of every support picture from the same head without it, `[n, way]`; NaN for the only picture of
+            a class, about which they say nothing.
     """
 
     center: Float[Tensor, " embedding"]
@@ -50,15 +50,15 @@ class LinearHead:
 
 
 def fit_head(embeddings: Rows, labels: Labels, n_way: int, head: HeadName = "auto") -> LinearHead:
-    """Fit a last layer to embeddings `[n, embedding]` of pictures of `n_way` classes, of unlike numbers maybe.
+    """Fit a last layer to embeddings `[n, embedding]` of pictures of `n_way` classes, not necessarily equally many.
 
-    - `"ridge"`: least squares on the classes, with a penalty of large weights.
-    - `"gaussians"`: Gaussian classes of one covariance, which is shrunk towards a round one (linear discriminants).
+    - `"ridge"`: least squares on the classes, with a penalty on large weights.
+    - `"gaussians"`: Gaussian classes with one covariance, shrunk towards a spherical one (linear discriminants).
     - `"prototypes"`: the direction in which the mean of each class lies.
-    - `"auto"`: ridge or Gaussians, whichever answers better for pictures left out.
+    - `"auto"`: ridge or Gaussians, whichever answers better for left-out pictures.
 
-    The penalty, the shrinkage and the scale of the logits are those with the least cross-entropy of pictures left out.
-    Leaving a picture out costs no other fit; the middle of the classes stays where it is.
+    The penalty, the shrinkage and the scale of the logits are those with the lowest cross-entropy on left-out pictures.
+    Leaving a picture out needs no other fit; the middle of the classes stays where it is.
 
     Raises:
         ValueError: if there is no such head, or a class has no picture.
@@ -70,8 +70,9 @@ def fit_head(embeddings: Rows, labels: Labels, n_way: int, head: HeadName = "aut
         tensor([0, 1])
 
     Reference:
-        Prototypes: Snell et al. (2017); centring: Wang et al. (2019), SimpleShot; ridge: Bertinetto et al. (2019); what
-        is left out of it: Hastie, Tibshirani & Friedman (2009), equation 7.64; shrunk covariances: section 4.3.1.
+        Prototypes: Snell et al. (2017); centring: Wang et al. (2019), SimpleShot; ridge: Bertinetto et al. (2019);
+        leaving pictures out of it: Hastie, Tibshirani & Friedman (2009), equation 7.64; shrunk covariances: section
+        4.3.1.
     """
     check_choice("head", head, get_args(HeadName))
     counts = labels.bincount(minlength=n_way)
@@ -89,14 +90,14 @@ def fit_head(embeddings: Rows, labels: Labels, n_way: int, head: HeadName = "aut
 
 
 def directions(embeddings: Rows, center: Float[Tensor, " embedding"]) -> Rows:
-    """Where embeddings lie from a centre, all at distance one."""
+    """The directions of embeddings from a centre, all at distance one."""
     return F.normalize(embeddings - center, dim=1)
 
 
 def _scaled(left_out: Scores, labels: Labels) -> tuple[float, float]:
-    """The least cross-entropy that a factor can give to the logits of pictures left out, and the factor.
+    """The lowest cross-entropy that a factor can give the logits of left-out pictures, and the factor.
 
-    Of `n` answers that are all right no more can be said than that `n + 1` of `n + 2` would be (Laplace).
+    If `n` answers are all right, no more can be said than that `n + 1` of `n + 2` would be (Laplace).
     """
     known = ~left_out.isnan().any(1)
     if not bool(known.any()):
@@ -110,7 +111,7 @@ Fit = tuple[Float[Tensor, "embedding way"], Float[Tensor, " way"], Scores]
 
 
 def fit_prototypes(rows: Rows, labels: Labels, counts: Counts) -> Fit:
-    """`(x - m) p`, `p` the direction of a class mean from `m`, the mean of them; all are fitted anew without `x`."""
+    """`(x - m) p`, `p` the direction of a class mean from `m`, the mean of them; all are refitted without `x`."""
     means = class_means(rows[None], labels[None], len(counts))[0]
     left_out = []
     for row, label in zip(rows, labels.tolist(), strict=True):
@@ -130,11 +131,12 @@ def _from_middle(
 
 
 def fit_ridge(rows: Rows, labels: Labels, counts: Counts, penalty: float) -> Fit:
-    """`W, b = argmin Σ v |x W + b - y|² + penalty |W|²`, `y` one-hot; classes weigh the same, by `v`.
+    """`W, b = argmin Σ v |x W + b - y|² + penalty |W|²`, `y` one-hot; `v` gives classes equal weight.
 
-    Without picture `i` the regression errs on it by `(y - x W - b) / (1 - h)`, where `h = v (1 / Σ v + x (Xᵀ V X +
-    penalty I)⁻¹ xᵀ)`, `x` from the mean, is what the answer for it owes to itself. The bias has no penalty: from rows
-    whose mean is nothing, any one is known by the others, and pictures left out would seem easier than they are.
+    Without picture `i`, the regression's error on it is `(y - x W - b) / (1 - h)`, where
+    `h = v (1 / Σ v + x (Xᵀ V X + penalty I)⁻¹ xᵀ)`, `x` from the mean, is what the answer for it owes to itself. The
+    bias has no penalty: in rows with mean zero, each is determined by the others, and left-out pictures would seem
+    easier than they are.
     """
     n_way = len(counts)
     targets = F.one_hot(labels, n_way).to(rows.dtype)
@@ -150,11 +152,11 @@ def fit_ridge(rows: Rows, labels: Labels, counts: Counts, penalty: float) -> Fit
 
 
 def fit_gaussians(rows: Rows, labels: Labels, counts: Counts, shrinkage: float) -> Fit:
-    """Half the squared distance to each class mean, `-(x - μ)ᵀ A⁻¹ (x - μ) / 2`, `A` being spread within classes.
+    """Half the squared distance to each class mean, `-(x - μ)ᵀ A⁻¹ (x - μ) / 2`, with `A` the spread within classes.
 
     `A = Σ r rᵀ + t I` with `r = x - μ(x)` and `t` a share of the trace. Without picture `i`, of a class of `n`, the
-    mean of its class is `μ - r / (n - 1)` and `A` is `A - β r rᵀ`, `β = n / (n - 1)`, whose inverse Sherman and
-    Morrison know.
+    mean of its class is `μ - r / (n - 1)` and `A` is `A - β r rᵀ`, `β = n / (n - 1)`, whose inverse is given by Sherman
+    and Morrison.
     """
     means = class_means(rows[None], labels[None], len(counts))[0]
     rest = rows - means[labels]

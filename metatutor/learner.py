@@ -35,20 +35,22 @@ def task_loss(outputs: Tensor, targets: Tensor) -> Tensor:
 class Learner(Described, nn.Module, ABC):
     """Something that learns a task from its support set and answers its query images.
 
-    `forward` and `meta_loss` are all that training and evaluation know of a method; the rest of what it is, it says
-    itself. A method that takes gradient steps at test time takes them inside `forward`, also under `torch.no_grad()`.
-    No method reads `episode.query_labels` in `forward`, and `meta_loss` changes nothing: asked twice, it answers twice
-    the same. `metatutor.testing.check_learner` tests all of this, for methods of your own too.
+    `forward` and `meta_loss` are all that training and evaluation know about a method; it declares the rest itself, in
+    the attributes below. A method that takes gradient steps at test time takes them inside `forward`, even under
+    `torch.no_grad()`. No method reads `episode.query_labels` in `forward`, and `meta_loss` changes nothing: called
+    twice, it returns the same value twice. `metatutor.testing.check_learner` tests all of this, for your own methods
+    too.
 
     Attributes:
-        learns: whether there is something to meta-train.
+        learns: whether there is anything to meta-train.
         trains_on: whether it is trained on `"episodes"` or, like an ordinary classifier, on all `"classes"` at once.
-        reads_streams: whether it can be evaluated on streams, every image of which is asked before its label is told.
+        reads_streams: whether it can be evaluated on streams, where every image is classified before its label is
+            revealed.
         ways: how many classes a task must have; None: any number.
         normalization: the policy of its network (see `ConvNet`), or `"none"`.
         transductive: whether the answer for one query image may depend on the other query images.
-        exact_gradient: whether the gradient of `meta_loss` is that of its value; not if a method leaves a part of it
-            out, or puts another in its place, on purpose.
+        exact_gradient: whether `meta_loss` back-propagates the exact gradient of its value; false for methods that
+            leave a part of it out, or put another in its place, on purpose.
 
     Example:
         >>> class AlwaysTheFirst(Learner):
@@ -60,7 +62,7 @@ class Learner(Described, nn.Module, ABC):
         tensor([[0, 0]])
 
     Reference:
-        Vinyals et al. (2016), section 2.2: train in the way you will be tested.
+        Vinyals et al. (2016), section 2.2: train the way you will be tested.
     """
 
     learns: bool = True
@@ -73,7 +75,7 @@ class Learner(Described, nn.Module, ABC):
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
-        """How many numbers its network must put out, for tasks of so many ways; None: an embedding will do."""
+        """How many outputs its network needs for tasks of `n_way` classes; None: an embedding is enough."""
         return None
 
     @abstractmethod
@@ -85,9 +87,9 @@ class Learner(Described, nn.Module, ABC):
         return F.cross_entropy(self(episode).flatten(0, 1), episode.query_labels.flatten())
 
     def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
-        """What an evaluation takes the mean of: each task's accuracy, or its squared error where numbers are predicted.
+        """What an evaluation averages: each task's accuracy, or its squared error where numbers are predicted.
 
-        `[task]`; or `[task, step]` of regressions by steps, `[task, instance]` of streams (see `reads_streams`).
+        `[task]`; or `[task, step]` for regressions by steps, `[task, instance]` for streams (see `reads_streams`).
         """
         answers = self(episode)
         if episode.query_labels.is_floating_point():
@@ -95,12 +97,12 @@ class Learner(Described, nn.Module, ABC):
         return (answers.argmax(-1) == episode.query_labels).cpu().double().mean(1)
 
     def chunks(self, episode: Episode, at_once: int | None = None) -> Iterator[Episode]:
-        """The tasks of an episode, `at_once` or as many as are fastest at a time; their gradients add up."""
+        """The tasks of an episode in chunks of `at_once`, or of as many as run fastest; their gradients add up."""
         size = at_once or self.tasks_at_once(episode)
         return (episode.tasks(slice(i, i + size)) for i in range(0, len(episode), size))
 
     def tasks_at_once(self, episode: Episode) -> int:
-        """How many tasks of this shape are best computed at once: all of them, as a rule."""
+        """How many tasks of this shape are best computed at once: by default, all of them."""
         return len(episode)
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
@@ -108,29 +110,29 @@ class Learner(Described, nn.Module, ABC):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def after_step(self) -> None:
-        """Called by the outer loop after every step: the place for what is not learned by gradients."""
+        """Called by the outer loop after every step: the place to update what is not learned by gradients."""
 
     def finish(self) -> None:
-        """Drop what only the outer loop needed, before the parameters are recorded: nothing, as a rule."""
+        """Drop what only the outer loop needed, before the parameters are recorded: by default, nothing."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device it computes on."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def predict(
         self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
     ) -> list[Hashable]:
-        """Learn from some labelled images and name others: one of the given labels for each query image.
+        """Learn from some labelled images and classify others: one of the given labels for each query image.
 
         Args:
-            support_images: tensors or arrays, `[image, channel, height, width]` or, of one channel,
+            support_images: tensors or arrays, `[image, channel, height, width]` or, with one channel,
                 `[image, height, width]`; bytes from 0 to 255 or floats from 0 (paper) to 1 (ink), as in training.
-            support_labels: one label an image, of any kind: names, numbers.
-            query_images: the images to name, in the same form.
+            support_labels: one label per image, of any kind: names, numbers.
+            query_images: the images to classify, in the same form.
 
         Raises:
-            ValueError: if images are of another form, or their labels do not fit; it says what to do.
+            ValueError: if the images are in another form, or the labels do not match them; it says what to do.
 
         Example:
             >>> from metatutor import NearestPixels
@@ -145,9 +147,9 @@ class Learner(Described, nn.Module, ABC):
         return [names[i] for i in answers.tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
-        """The same method with other arguments, the same network and what was learned besides, in evaluation mode.
+        """The same method with other arguments, but the same network and learned state, in evaluation mode.
 
-        A ValueError tells if what was learned does not fit the other arguments.
+        A ValueError says so if what was learned does not fit the new arguments.
         """
         network = {"network": self.network} if hasattr(self, "network") else {}
         made = type(self)(**network, **(self.arguments | changes))
@@ -155,7 +157,8 @@ class Learner(Described, nn.Module, ABC):
         return made.eval()
 
     def save(self, path: Path | str) -> None:
-        """Write parameters and arguments to a file that `metatutor.load` reads: safetensors, no pickle, and no loss."""
+        """Write parameters and arguments (not the loss) to a file that `metatutor.load` reads: safetensors, no
+        pickle."""
         about = {"learner": [type(self).__name__, self.arguments]}
         if isinstance(network := getattr(self, "network", None), Network):
             about["network"] = [type(network).__name__, network.arguments]
@@ -167,7 +170,7 @@ class Learner(Described, nn.Module, ABC):
 
 @contextmanager
 def evaluating(learner: Learner) -> Iterator[None]:
-    """Within the block a learner is in evaluation mode, and no gradients are recorded; its mode is put back."""
+    """Within the block a learner is in evaluation mode without gradients; afterwards its mode is restored."""
     was_training = learner.training
     learner.eval()
     try:
@@ -179,21 +182,21 @@ def evaluating(learner: Learner) -> Iterator[None]:
 
 @contextmanager
 def computing(learner: Learner) -> Iterator[None]:
-    """Within the block torch takes no more threads than pay for a learner; freed memory stays at hand from then on."""
+    """Within the block torch uses no more threads than a learner benefits from; from then on, freed memory is kept."""
     keep_freed_memory_once()
     with limited_threads(threads_for(sum(p.numel() for p in learner.parameters()))):
         yield
 
 
 def load(path: Path | str, network: nn.Module | None = None) -> Learner:
-    """Read a learner that `learner.save` wrote, in evaluation mode.
+    """Load a learner that `learner.save` wrote, in evaluation mode.
 
     Args:
         path: the file.
-        network: one of the same architecture, if it is not one of ours; its parameters are replaced.
+        network: one of the same architecture, if it is not one of the package's; its parameters are replaced.
 
     Raises:
-        ValueError: if the file is not one of those, or its parameters do not fit.
+        ValueError: if the file is not such a file, or its parameters do not fit.
 
     Example:
         >>> import tempfile
@@ -239,12 +242,13 @@ def load_parameters(learner: Learner, parameters: dict[str, Tensor], source: Pat
 
 
 class NetworkLearner(Learner):
-    """A learner of one network, of which each task may have its own parameters, `[task, ...]` by name.
+    """A learner with one network, for which each task may have its own parameters, `[task, ...]` by name.
 
     Args:
-        network: any module from images to logits, or embeddings if those will do (see `backbone`).
-        loss: of the outputs for a task's query images and their labels; default: `task_loss`, which takes class labels
-            or real-valued targets. A function or a module, such as `nn.CrossEntropyLoss(label_smoothing=0.1)`.
+        network: any module from images to logits, or to embeddings where those are enough (see `backbone`).
+        loss: computed from the outputs for a task's query images and their labels; default: `task_loss`, which takes
+            class labels or real-valued targets. A function or a module, such as
+            `nn.CrossEntropyLoss(label_smoothing=0.1)`.
 
     Example:
         >>> class OneForAll(NetworkLearner):
@@ -280,13 +284,14 @@ class NetworkLearner(Learner):
         return self.loss(self(episode).flatten(0, 1), episode.query_labels.flatten(0, 1))
 
     def call_network(self, parameters: Parameters, *images: Any) -> Float[Tensor, "n output"]:
-        """What one task's parameters make of images, `[n, channel, height, width]` and `n_support` if that matters."""
+        """The outputs for images, `[n, channel, height, width]` and perhaps `n_support`, under one task's
+        parameters."""
         return functional_call(self.network, parameters, images)
 
     def support_losses(
         self, episode: Episode, parameters: Parameters, loss: Loss | None = None
     ) -> Float[Tensor, " task"]:
-        """Each task's loss on its support set: what gradient descent on a task descends."""
+        """Each task's loss on its support set: what gradient descent on a task minimises."""
         of_outputs = self.loss if loss is None else loss
 
         def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:

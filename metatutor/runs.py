@@ -1,4 +1,4 @@
-"""Recorded runs: a training from which anyone can train again, and what evaluations of it came to.
+"""Recorded runs: trainings that anyone can repeat, and the results of their evaluations.
 
 A run is a folder of `results/` with `config.json`, `history.csv`, `model.safetensors` and `evaluations.json`. Weights
 of more than 2 MB are recorded in half precision; what is evaluated is always what was recorded.
@@ -54,7 +54,7 @@ class Run:
 
 
 def results_folder() -> Path:
-    """Where the recorded runs lie: `results/` of a checkout, or the copy that came with the installation."""
+    """Where the recorded runs are: `results/` of a checkout, or the copy that came with the installation."""
     package = Path(__file__).parent
     checkout = package.parent / "results"
     return checkout if (package.parent / "pyproject.toml").exists() else package / "results"
@@ -71,7 +71,7 @@ def run_names(results: Path | None = None) -> list[str]:
 
 
 def load_run(name: str, results: Path | None = None) -> Run:
-    """Read a recorded run; a ValueError tells if there is none, or it is damaged.
+    """Read a recorded run; a ValueError says so if there is none, or it is damaged.
 
     The name is that of an evaluation, such as `omniglot-maml-5w5s`; or of a run's folder, for its first evaluation.
     """
@@ -82,12 +82,12 @@ def load_run(name: str, results: Path | None = None) -> Run:
 
 
 def recorded_accuracy(name: str, results: Path | None = None) -> Evaluation:
-    """What a recorded evaluation came to."""
+    """The result of a recorded evaluation."""
     return Evaluation.from_record(_find(name, results)[1])
 
 
 def read_evaluations(folder: Path) -> dict[str, Any]:
-    """What `evaluations.json` says of a training, and a list of its `evaluations`; a ValueError if it is damaged."""
+    """What `evaluations.json` says about a training, and a list of its `evaluations`; a ValueError if it is damaged."""
     path = folder / "evaluations.json"
     if not path.exists():
         return {"evaluations": []}
@@ -97,12 +97,12 @@ def read_evaluations(folder: Path) -> dict[str, Any]:
             str(Evaluation.from_record(record))
             check_name(parse_test(record).name)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({shown(error)}); delete it and evaluate the run anew") from None
+        raise ValueError(f"{path} is damaged ({shown(error)}); delete it and evaluate the run again") from None
     return about
 
 
 def check_name(name: str) -> None:
-    """Raise a `ValueError` if a run or an evaluation cannot be called so: it is to name a single folder."""
+    """Raise a `ValueError` if this cannot be the name of a run or an evaluation: it must name a single folder."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", name):
         raise ValueError(
             f"a name has 1 to 100 letters, digits and _ . + -, and begins with a letter; not {shown(name)}"
@@ -120,7 +120,7 @@ def task_of(evaluation: Evaluation) -> str:
 
 
 def published() -> list[dict[str, Any]]:
-    """The papers' numbers: one dict a row, with method, n_way, k_shot, accuracy, ci95, source and protocol."""
+    """The papers' numbers: one dict per row, with method, n_way, k_shot, accuracy, ci95, source and protocol."""
     return _read_json("published.json")
 
 
@@ -146,7 +146,7 @@ def _read_json(name: str) -> Any:
 
 def _records(results: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
     for folder in run_folders(results):
-        with suppress(ValueError):  # one damaged record is not to hide the others
+        with suppress(ValueError):  # one damaged record must not hide the others
             yield from ((folder, record) for record in read_evaluations(folder)["evaluations"])
 
 
@@ -166,7 +166,7 @@ def _find(name: str, results: Path | None) -> tuple[Path, dict[str, Any]]:
 
 def _history(folder: Path) -> list[Row]:
     path = folder / "history.csv"
-    with decoding(f"{path} is damaged (reproduce the run to make it anew)"):
+    with decoding(f"{path} is damaged (reproduce the run to restore it)"):
         history = read_history(path) if path.exists() else []
         return [{name: row[name] for name in HISTORY_FIELDS} for row in history]
 
@@ -176,11 +176,11 @@ def _history(folder: Path) -> list[Row]:
 
 def load_learner(folder: Path, config: RunConfig) -> Learner:
     """The learner of a configuration with the parameters recorded in a folder, in evaluation mode."""
-    learner = config.build(n_train_classes=1)  # all that `finish` leaves of a classifier's
+    learner = config.build(n_train_classes=1)  # as many as `finish` leaves of a classifier's
     if config.train is None:
         return learner.eval()
     path, like = folder / "model.safetensors", learner.state_dict()
-    with decoding(f"{path} is damaged (reproduce the run to make it anew)"):
+    with decoding(f"{path} is damaged (reproduce the run to restore it)"):
         parameters = load_file(path) if path.exists() else {}
     for name, found in parameters.items():
         expected = like.get(name, found).dtype
@@ -193,7 +193,7 @@ def load_learner(folder: Path, config: RunConfig) -> Learner:
 
 
 def _write_parameters(learner: Learner, path: Path) -> None:
-    """Record the parameters, in half precision if they are many, and let the learner have what was recorded."""
+    """Record the parameters, in half precision if there are many, and give the learner what was recorded."""
     parameters = {name: tensor.detach().cpu().clone() for name, tensor in learner.state_dict().items()}  # none tied
     written = save(parameters)
     if len(written) > WEIGHTS_LIMIT:
@@ -214,10 +214,10 @@ def run_training(
     device: str | None = None,
     progress_bar: bool = True,
 ) -> list[Evaluation]:
-    """Train a configuration, then evaluate it; a run killed before goes on where its last checkpoint stood.
+    """Train a configuration, then evaluate it; a run that was killed continues from its last checkpoint.
 
-    The folder gets the four files of a recorded run, and the checkpoints; `data` is where Omniglot lies. A ValueError
-    tells if data or tests do not fit the configuration, before anything is computed.
+    The folder gets the four files of a recorded run, and the checkpoints; `data` is the folder with Omniglot. A
+    ValueError says so if data or tests do not fit the configuration, before anything is computed.
     """
     check_device(device)
     splits = _claimed(config, folder, tests, data)
@@ -238,7 +238,7 @@ def run_training(
         _write_parameters(learner, folder / "model.safetensors")
         write_history(history, folder / "history.csv")
     about, before = _about(learner, _history(folder)), read_evaluations(folder)
-    same = before.get("train_iterations") == about["train_iterations"]  # or the weights are others now
+    same = before.get("train_iterations") == about["train_iterations"]  # otherwise the weights have changed
     _write_evaluations(folder, about | {"evaluations": before["evaluations"] if same else []})
     return [evaluate_run(folder, test, splits=splits, device=learner.device, record=True) for test in tests]
 
@@ -254,8 +254,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate the recorded weights of a run, on the CPU unless a device is given.
 
-    The classes are `splits` where they are loaded already, else those of Omniglot in `data`. With `record`, what comes
-    of it goes to `evaluations.json`, under the name of the test.
+    The classes are `splits` if they are already loaded, else those of Omniglot in `data`. With `record`, the result
+    goes to `evaluations.json`, under the name of the test.
     """
     if record:
         check_name(test.name)
@@ -284,7 +284,7 @@ def evaluate_run(
 def reproduce(
     source: Path, folder: Path, *, data: Path | str | None = None, device: str | None = None, progress_bar: bool = True
 ) -> list[tuple[str, Evaluation, Evaluation | None]]:
-    """Train a run again, from its `config.json` alone; each evaluation's name, outcome now, and recorded outcome."""
+    """Train a run again, from its `config.json` alone; each evaluation's name, new result, and recorded result."""
     config, records = load_config(source), read_evaluations(source)["evaluations"]
     tests = [parse_test(record) for record in records] or [TestConfig(folder.name)]
     found = run_training(config, folder, tests, data=data, device=device, progress_bar=progress_bar)
@@ -293,7 +293,7 @@ def reproduce(
 
 
 def _claimed(config: RunConfig, folder: Path, tests: Sequence[TestConfig], data: Path | str | None) -> Splits[Any]:
-    """The classes, after all that can be known to be wrong before the training; the folder is the configuration's."""
+    """The classes, after all checks that need no training; from then on the folder is the configuration's."""
     path, text = folder / "config.json", config_text(config)
     if path.exists():
         before = load_config(folder)

@@ -28,19 +28,19 @@ class ContractError(AssertionError):
 def check_learner(learner: Learner, *, image_shape: tuple[int, ...] | None = None) -> None:
     """Check that a learner keeps the contract that training and evaluation rely on.
 
-    Each check asks a copy of it, in float64, about random tasks:
+    Each check uses a copy of it, in float64, on random tasks:
 
     - it answers in `[task, query, way]`, the same with and without gradients, and reads no query labels;
-    - its answers depend on the support labels; permuted queries permute them; tasks side by side are tasks one by one;
-    - it is transductive or not as it declares, and takes the ways that it declares, and any number of shots;
-    - answering and `meta_loss` leave nothing behind; `meta_loss` asked twice is twice the same;
+    - its answers depend on the support labels; permuted queries permute them; tasks in a batch are answered as alone;
+    - it is transductive or not, as it declares, and takes the number of ways that it declares, and any number of shots;
+    - answering and `meta_loss` leave nothing behind; `meta_loss` called twice returns the same value twice;
     - the gradient of `meta_loss` is that of its value, unless `exact_gradient` says otherwise;
-    - of a network that adapts, what is said to move moves, and the rest stays;
+    - in a network that adapts, what is declared to move moves, and the rest stays;
     - copies, pickles, `state_dict` and moves to another device keep it as it is.
 
     Args:
         learner: any; it is not changed.
-        image_shape: of the images; default: that of its network, or 1×28×28.
+        image_shape: shape of the images; default: that of its network, or 1×28×28.
 
     Example:
         >>> from metatutor import ConvNet, Prototypical
@@ -112,13 +112,13 @@ def permuted_queries_permute_the_answers(learner: Learner, episode: Episode) -> 
 
 
 def tasks_do_not_meet(learner: Learner, episode: Episode) -> None:
-    """A task is answered alike in whatever batch it comes."""
+    """A task gets the same answer whatever batch it is in."""
     one_by_one = torch.cat([learner(task) for task in episode])
-    _same(learner(episode), one_by_one, "tasks side by side are answered otherwise than one by one")
+    _same(learner(episode), one_by_one, "tasks side by side are answered differently from one by one")
 
 
 def transductive_as_declared(learner: Learner, episode: Episode) -> None:
-    """Whether one query image changes the answer for another is what `transductive` says."""
+    """Whether one query image changes the answer for another agrees with `transductive`."""
     measured = is_transductive(learner, episode)
     _demand(
         measured == learner.transductive,
@@ -128,7 +128,7 @@ def transductive_as_declared(learner: Learner, episode: Episode) -> None:
 
 
 def ways_as_declared(learner: Learner, episode: Episode) -> None:
-    """Any number of shots is answered, and the ways that `ways` says; others are a `ValueError`."""
+    """Any number of shots is answered, and as many ways as `ways` declares; others are a `ValueError`."""
     shape = tuple(episode.query_images.shape[2:])
     for k_shot in (1, 3):
         answers_in_shape(learner, random_episode(shape, n_way=episode.n_way, k_shot=k_shot))
@@ -138,18 +138,18 @@ def ways_as_declared(learner: Learner, episode: Episode) -> None:
         return
     with suppress(ValueError):
         learner(other)
-        raise ContractError(f"made for {learner.ways} ways, it must refuse {other.n_way} by a ValueError")
+        raise ContractError(f"made for {learner.ways} ways, it must refuse {other.n_way} with a ValueError")
 
 
 # --- learning ---
 
 
 def meta_loss_is_pure(learner: Learner, episode: Episode) -> None:
-    """`meta_loss` is a finite scalar, the same when asked again, and changes nothing."""
+    """`meta_loss` is a finite scalar, the same when called again, and changes nothing."""
     if not learner.learns:
         with suppress(ValueError):
             learner.meta_loss(episode)
-            raise ContractError("it says that it learns nothing, so meta_loss must raise a ValueError")
+            raise ContractError("it declares that it learns nothing, so meta_loss must raise a ValueError")
         return
     episode = _training_episode(learner, episode)
     before = _state(learner)
@@ -157,12 +157,12 @@ def meta_loss_is_pure(learner: Learner, episode: Episode) -> None:
     _demand(first.dim() == 0 and bool(first.isfinite()), "meta_loss must be a finite scalar")
     first.backward()
     third = _loss(learner, episode)
-    _demand(first.item() == second.item() == third.item(), "asked twice, meta_loss gives two answers")
+    _demand(first.item() == second.item() == third.item(), "called twice, meta_loss returns two different values")
     _unchanged(before, learner, "meta_loss")
 
 
 def gradients_as_declared(learner: Learner, episode: Episode) -> None:
-    """The gradient of `meta_loss` is a central difference along a random direction."""
+    """The gradient of `meta_loss` agrees with a central difference along a random direction."""
     if not learner.learns:
         return
     episode = _training_episode(learner, episode)
@@ -187,12 +187,12 @@ def gradients_as_declared(learner: Learner, episode: Episode) -> None:
     _demand(
         abs(found - expected) <= 1e-3 * (abs(expected) + 1e-2),
         f"the gradient of meta_loss says {expected:.6g} along a direction, finite differences say {found:.6g}; if that "
-        "is meant, set exact_gradient = False",
+        "is intended, set exact_gradient = False",
     )
 
 
 def what_adapts_moves(learner: Learner, episode: Episode) -> None:
-    """What is said to move, moves, the last layer first of all; and the rest stays."""
+    """What is declared to move moves, above all the last layer; and the rest stays."""
     adapt, moving = getattr(learner, "adapt", None), getattr(learner, "moving", None)
     if adapt is None or moving is None or (not getattr(learner, "test_inner_steps", None) and not learner.inner_steps):
         return
@@ -201,16 +201,16 @@ def what_adapts_moves(learner: Learner, episode: Episode) -> None:
     for name, adapted in adapt(episode).items():
         change = (adapted - initial[name]).abs().amax(dim=tuple(range(1, adapted.dim())))
         if name not in moving:
-            _demand(not bool(change.any()), f"{name} is not said to adapt, but it moved")
+            _demand(not bool(change.any()), f"{name} is not declared to adapt, but it moved")
         elif prefix and name.startswith(prefix):
-            _demand(bool(change.all()), f"{name} is said to adapt, but it did not move")
+            _demand(bool(change.all()), f"{name} is declared to adapt, but it did not move")
 
 
 # --- what stays ---
 
 
 def nothing_is_left_behind(learner: Learner, episode: Episode) -> None:
-    """An answer does not depend on what was asked before."""
+    """An answer does not depend on earlier questions."""
     other = random_episode(tuple(episode.query_images.shape[2:]), n_way=episode.n_way)
     before, first = _state(learner), learner(episode)
     learner(other)
@@ -219,10 +219,10 @@ def nothing_is_left_behind(learner: Learner, episode: Episode) -> None:
 
 
 def copies_are_alike(learner: Learner, episode: Episode) -> None:
-    """Copies, pickles and what `state_dict` holds answer as the learner does."""
+    """Copies, pickles and what `state_dict` holds answer like the learner itself."""
     logits = learner(episode)
-    _same(copy.deepcopy(learner)(episode), logits, "a deep copy answers otherwise")
-    _same(pickle.loads(pickle.dumps(learner))(episode), logits, "a pickled copy answers otherwise")
+    _same(copy.deepcopy(learner)(episode), logits, "a deep copy answers differently")
+    _same(pickle.loads(pickle.dumps(learner))(episode), logits, "a pickled copy answers differently")
     another = copy.deepcopy(learner)
     with torch.no_grad():
         for parameter in another.parameters():
@@ -236,7 +236,7 @@ def devices_are_alike(learner: Learner, episode: Episode) -> None:
     logits = learner.float()(episode.to(torch.float32))
     if torch.cuda.is_available():
         moved = learner.cuda()(episode.to("cuda", torch.float32)).cpu()
-        _demand(torch.allclose(moved, logits, rtol=1e-2, atol=1e-2), "on cuda it answers otherwise")
+        _demand(torch.allclose(moved, logits, rtol=1e-2, atol=1e-2), "on cuda it answers differently")
     answers_in_shape(learner.cpu(), episode.to(torch.float32))
 
 
@@ -279,7 +279,7 @@ def _loss(learner: Learner, episode: Episode) -> Tensor:
 
 
 def _training_episode(learner: Learner, episode: Episode) -> Episode:
-    """Episodes as they are, or a mini-batch of all classes for a learner that is pretrained like a classifier."""
+    """The episode as it is, or a mini-batch of all classes for a learner that is pretrained like a classifier."""
     if learner.trains_on == "episodes":
         return episode
     network: Any = learner.network

@@ -28,9 +28,9 @@ HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_a
 CHECKPOINT = "checkpoint.pt"
 _OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 _SHOWN = "loss={meta_loss:.3f}, accuracy={train_accuracy:.1%}, validation={validation_accuracy:.1%}"
-_PARTS = ("learner", "optimizer", "scheduler", "sampler")  # of a run, what has a `state_dict`
+_PARTS = ("learner", "optimizer", "scheduler", "sampler")  # the parts of a run with a `state_dict`
 _PROGRESS = ("iteration", "seconds", "loss_sum", "history", "best")  # and what else it must remember
-MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run goes on
+MAY_CHANGE = ("iterations", "log_every", "checkpoint_every", "tasks_at_once", "patience")  # when a run is resumed
 Row = dict[str, int | float]  # one row of history, with the keys HISTORY_FIELDS
 
 
@@ -39,7 +39,7 @@ class TrainingDivergedError(RuntimeError):
 
 
 def check_seed(seed: int) -> None:
-    """Raise a `ValueError` if PyTorch takes no such seed."""
+    """Raise a `ValueError` if PyTorch does not accept the seed."""
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, got {seed}")
 
@@ -54,18 +54,18 @@ class TrainConfig:
         outer_lr: peak learning rate of the outer optimizer.
         warmup: iterations of linear rise to `outer_lr`.
         schedule: what follows the warm-up: `"cosine"` decay to zero (Loshchilov & Hutter, 2017), or `"constant"`.
-        clip_norm: the gradient is scaled down to this norm where it is longer; None: never.
+        clip_norm: the gradient is scaled down to this norm if it is longer; None: never.
         log_every: iterations between two rows of history, each with an accuracy in training and validation.
         checkpoint_every: iterations between two checkpoints.
-        seed: of the stream of training tasks, and of dropout. `metatutor train` draws the initial parameters from it
-            too; in Python they are drawn before `train` sees the learner, from `torch.manual_seed`.
+        seed: seed of the stream of training tasks, and of dropout. `metatutor train` also draws the initial parameters
+            from it; in Python they are drawn before `train` sees the learner, from `torch.manual_seed`.
         optimizer: the outer one: `"adam"` (Kingma & Ba, 2015), `"adamw"` or plain gradient descent, `"sgd"`.
-        weight_decay: of the outer optimizer.
-        tasks_at_once: tasks computed side by side, a matter of memory and speed; default: as the learner likes.
+        weight_decay: weight decay of the outer optimizer.
+        tasks_at_once: tasks computed side by side, a matter of memory and speed; default: the learner decides.
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
-        patience: rows of history without a better validation accuracy after which training ends early; None: never.
-        precision: `"bfloat16"` computes the loss under autocast; None: as accelerate is configured, in full as a rule.
+        patience: training ends early after this many rows of history without a better validation accuracy; None: never.
+        precision: `"bfloat16"` computes the loss under autocast; None: as accelerate is configured, normally in full.
 
     Raises:
         ValueError: if a number is out of range.
@@ -125,9 +125,9 @@ def train(
     """Minimise `learner.meta_loss` over tasks drawn from classes; returns the history, rows of `HISTORY_FIELDS`.
 
     Several processes (`accelerate launch`, `torchrun`) split the tasks of each step among them and average their
-    gradients. With a `folder`, history and checkpoints go there, and a run that was killed goes on where its last
-    checkpoint stood: on CPU it ends bit for bit as if it had never stopped. More iterations than at first may then be
-    asked for. The learner is left in evaluation mode.
+    gradients. With a `folder`, history and checkpoints go there, and a run that was killed continues from its last
+    checkpoint: on a CPU it ends bit for bit as if it had never stopped. It may then be given more iterations than at
+    first. The learner is left in evaluation mode.
 
     Args:
         learner: what to train, in place.
@@ -136,8 +136,8 @@ def train(
         config: how long and how fast.
         folder: for `history.csv` and `checkpoint.pt`; None writes nothing.
         validate: maps the learner, in evaluation mode, to an accuracy from 0 to 1.
-        transform: changes each batch of training tasks, to augment images for example.
-        optimizer: makes another outer optimizer of the meta-parameters than `config` names.
+        transform: changes each batch of training tasks, for example to augment images.
+        optimizer: makes the outer optimizer from the meta-parameters, in place of the one that `config` names.
         schedule: maps an iteration, from 0, to a factor of the learning rate, in place of `config.schedule`.
         callbacks: called with the learner and each new row of history.
         log_with: a tracker of accelerate, such as `"tensorboard"`, which writes to `folder`.
@@ -147,8 +147,8 @@ def train(
     Raises:
         TrainingDivergedError: at the first loss that is not finite.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
-        ValueError: if the learner learns nothing, the classes are too few, the device is absent, or the checkpoint in
-            `folder` is of another learner or configuration.
+        ValueError: if the learner learns nothing, there are too few classes, the device is absent, or the checkpoint in
+            `folder` belongs to another learner or configuration.
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes
@@ -163,7 +163,7 @@ def train(
     if not learner.learns:
         raise ValueError(f"{type(learner).__name__} learns nothing before it sees a task; evaluate it as it is")
     if validate is None and (config.keep == "best" or config.patience is not None):
-        raise ValueError("without `validate` no parameters are the best: give it, or leave keep and patience out")
+        raise ValueError("without `validate` there are no best parameters: give it, or leave out keep and patience")
     accelerator, place = _accelerator(device, log_with, folder)
     share = _share(config.tasks_per_step, accelerator)
     draw = classes.sampler if learner.trains_on == "episodes" else classes.mini_batches
@@ -182,7 +182,7 @@ def train(
             state.load(checkpoint)
         from accelerate.utils import broadcast
 
-        broadcast(list(learner.state_dict().values()))  # all begin where the main process begins
+        broadcast(list(learner.state_dict().values()))  # all start where the main process starts
         main, begun = accelerator.is_main_process, time.perf_counter() - state.seconds
         hidden = not (progress_bar and main)
         with tqdm(total=config.iterations, initial=state.iteration, disable=hidden, unit="step") as bar:
@@ -210,7 +210,7 @@ def train(
                     write_history(state.history, checkpoint.with_name("history.csv"))
                     state.save(checkpoint)
                 if stop.is_set() and not state.finished():
-                    where = f"; run the same command again to go on from {checkpoint}" if checkpoint else ""
+                    where = f"; run the same command again to continue from {checkpoint}" if checkpoint else ""
                     raise KeyboardInterrupt(f"stopped after iteration {state.iteration}{where}")
     if state.best is not None:
         learner.load_state_dict(state.best)
@@ -226,7 +226,7 @@ def accumulate(
     at_once: int | None = None,
     backward: Callable[[Tensor], object] = torch.Tensor.backward,
 ) -> Float[Tensor, ""]:
-    """The mean meta-loss of all tasks of an episode, and its gradients, added to those that parameters have."""
+    """The mean meta-loss of all tasks of an episode; its gradients are added to those the parameters have."""
     total = torch.zeros((), device=episode.query_images.device)
     for part in learner.chunks(episode, at_once):
         loss = learner.meta_loss(part) * (len(part) / len(episode))
@@ -261,7 +261,7 @@ def read_history(path: Path) -> list[Row]:
 
 @dataclass
 class _State:
-    """Everything that a resumed run must find again, and how it changes."""
+    """Everything that a resumed run must restore, and how it changes."""
 
     learner: Learner
     optimizer: torch.optim.Optimizer
@@ -275,18 +275,18 @@ class _State:
     best: dict[str, Tensor] | None = None
 
     def rows_since_best(self) -> int:
-        """Rows of history after the one with the best validation accuracy; 0: it is the last."""
+        """Rows of history after the one with the best validation accuracy; 0 if it is the last."""
         accuracies = [row["validation_accuracy"] for row in self.history]
         return len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
 
     def finished(self) -> bool:
-        """Whether all iterations are done, or patience is at its end."""
+        """Whether all iterations are done, or patience has run out."""
         patience = self.config.patience
         waited = patience is not None and self.rows_since_best() >= patience
         return self.iteration >= self.config.iterations or waited
 
     def step(self, episode: Episode, accelerator: Any) -> float:
-        """Take a step of the outer optimizer, but none if the loss, which is returned, is not finite."""
+        """Take a step of the outer optimizer, unless the loss is not finite; return the loss."""
         self.optimizer.zero_grad()
         lower = self.config.precision == "bfloat16"  # accelerate has one precision for the whole process
         with torch.autocast(self.learner.device.type, torch.bfloat16) if lower else accelerator.autocast():
@@ -310,13 +310,13 @@ class _State:
         return value
 
     def log(self, episode: Episode, validate: Callable[[Learner], float] | None) -> Row:
-        """Add a row of history, and remember the parameters if they are to be kept; it ends in evaluation mode."""
+        """Add a row of history, and remember the parameters if they are to be kept; ends in evaluation mode."""
         learner, accuracy = self.learner, math.nan
         if not episode.query_labels.is_floating_point():
             buffers = [(buffer, buffer.clone()) for buffer in learner.buffers()]
             with torch.no_grad():
                 accuracy = learner.measure(episode).float().mean().item()
-                for buffer, kept in buffers:  # running statistics are no business of a log
+                for buffer, kept in buffers:  # logging must not change running statistics
                     buffer.copy_(kept)
         learner.eval()
         before = self.history[-1]["iteration"] if self.history else 0
@@ -342,10 +342,10 @@ class _State:
             torch.save(state, temporary)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint, if there is one."""
+        """Continue from a checkpoint, if there is one."""
         if not path.exists():
             return
-        unreadable = f"{path} is not a readable checkpoint; delete it to start anew"
+        unreadable = f"{path} is not a readable checkpoint; delete it to start over"
         with decoding(unreadable):
             state = torch.load(path, map_location="cpu", weights_only=True)
             config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
@@ -365,10 +365,10 @@ class _State:
 
 @contextmanager
 def _stop_flag() -> Iterator[threading.Event]:
-    """The first Ctrl-C or SIGTERM sets the flag, so that the step at hand is finished; the second ends it at once."""
+    """The first Ctrl-C or SIGTERM sets the flag, so that the current step is finished; the second stops at once."""
     flag = threading.Event()
 
-    in_main = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    in_main = threading.current_thread() is threading.main_thread()  # no other thread may handle signals
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
 
     def restore() -> None:
@@ -388,7 +388,7 @@ def _stop_flag() -> Iterator[threading.Event]:
 
 
 def check_device(device: str | None) -> torch.device | None:
-    """The device of a name; a ValueError if there is no such device."""
+    """The device with this name; a ValueError if there is no such device."""
     if device is None:
         return None
     try:

@@ -31,7 +31,7 @@ METHODS: dict[str, Callable[..., AdaptingLearner]] = {
     "meta_lstm": lambda network, **options: MetaLSTM(network, **{"inner_steps": 2, "hidden_size": 3} | options),
 }
 of_every_method = pytest.mark.parametrize("method", METHODS)
-ONE_BY_ONE = "^tasks are computed one by one, since vmap cannot: "
+ONE_BY_ONE = "^tasks are computed one by one, since vmap fails: "
 
 
 def learner_of(method: str, network: nn.Module, **options: Any) -> AdaptingLearner:
@@ -171,8 +171,8 @@ def test_without_a_last_layer_one_sentence(options: dict[str, Any]):
 
 def test_a_wrong_guess_of_the_last_layer_can_be_put_right(random_episode: Episodes):
     message = (
-        "the network has 5 outputs but the episode is 3-way; MAML adapts one head, so give one of as many, or say "
-        "which layer is its last with backbone(network, head=its name)"
+        "the network has 5 outputs but the episode is 3-way; MAML adapts one head, so give one with that many, or "
+        "name its last layer with backbone(network, head=its name)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         learner_of("maml", HeadInTheMiddle(5))(random_episode())
@@ -333,7 +333,7 @@ def test_the_meta_gradient_goes_through_the_same_dropout_as_the_loss(random_epis
 
 @pytest.mark.parametrize("network", [with_dropout, lambda: nn.LSTM(8, 4, 2, dropout=0.1)])
 def test_dropout_is_not_recomputed(network: Callable[[], nn.Module]):
-    message = "a step computed again would have another dropout; leave recompute out, or the dropout"
+    message = "a recomputed step would have different dropout; leave out recompute or the dropout"
     with pytest.raises(ValueError, match=f"^{message}$"):
         MAML(network(), recompute=True)
     MAML(sequential().append(nn.Dropout(0.0)), recompute=True)

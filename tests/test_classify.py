@@ -114,7 +114,7 @@ def test_the_threshold_is_two_deviations_below_the_nearest_others():
 def test_photos_given_to_the_network_for_drawings_are_a_warning():
     photos = [Image.effect_noise((50, 50), 10 * i + 20) for i in range(4)]
     warned = FewShotClassifier("omniglot").fit(photos, ["a", "a", "b", "b"]).warnings_
-    assert len(warned) == 1 and "take the backbone photos" in warned[0]
+    assert len(warned) == 1 and "use the backbone photos" in warned[0]
 
 
 def test_what_the_support_set_says_of_itself():
@@ -165,7 +165,7 @@ def test_save_and_load(tmp_path: Path, fitted: FewShotClassifier):
 
 def test_mistakes_from_python(support: tuple[list[Image.Image], list[str]], tmp_path: Path):
     images, names = support
-    with pytest.raises(ValueError, match="^there are not as many names as pictures; give one name a picture$"):
+    with pytest.raises(ValueError, match="^there are not as many names as pictures; give one name per picture$"):
         FewShotClassifier().fit(images, names[:-1])
     with pytest.raises(ValueError, match="^all pictures are of one class, a; give pictures of at least two$"):
         FewShotClassifier().fit(images, ["a"] * 12)

@@ -181,8 +181,8 @@ def test_a_wrong_configuration_is_named_in_one_line(change: Callable[[dict], Any
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"n_way": 5, "k_shot": 1, "n_way": 6}', "the key 'n_way' is there twice"),
-        ('{"train": {"seed": 1, "seed": 2}}', "the key 'seed' is there twice"),
+        ('{"n_way": 5, "k_shot": 1, "n_way": 6}', "the key 'n_way' appears twice"),
+        ('{"train": {"seed": 1, "seed": 2}}', "the key 'seed' appears twice"),
         ("[" * 100_000, "recursion"),
         ('{"n_way": 5', "delimiter"),
         ("", "Expecting value"),
@@ -198,7 +198,7 @@ def test_what_is_no_configuration_is_refused(text: str, message: str) -> None:
 
 def test_what_is_no_file_of_ours_is_refused(tmp_path: Any) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(ValueError, match="cannot read .*no file"):
+    with pytest.raises(ValueError, match="cannot read .*not a file"):
         load_config(tmp_path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match="cannot read .*utf-8"):
@@ -208,7 +208,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Any) -> None:
         load_config(tmp_path)
     path.unlink()
     path.mkdir()
-    with pytest.raises(ValueError, match="cannot read .*no file"):
+    with pytest.raises(ValueError, match="cannot read .*not a file"):
         load_config(tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Any) -> None:
         ("maml", {"network": KINDS["mlp"]()}, "which this network does not take"),
         ("maml", {"data": SinusoidsConfig()}, r"sinusoids are inputs of \(1,\), which this network does not take"),
         ("mann", {"network": CONV()}, "a stream is answered image by image"),
-        ("mann", {"n_way": 3}, "mann is made for n_way = 5, not 3; let them agree"),
+        ("mann", {"n_way": 3}, "mann is made for n_way = 5, not 3; make them agree"),
         ("plain-lstm", {"learner": {"n_way": 3}}, "plain-lstm is made for n_way = 3, not 5"),
         ("maml", {"validation": ValidationConfig(stream=True)}, "maml answers no stream"),
         ("snail", {"validation": ValidationConfig(stream=True)}, "snail answers no stream"),

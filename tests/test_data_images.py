@@ -24,7 +24,7 @@ def test_arrays_are_grouped_by_label():
     assert torch.equal(classes.images[0, :, 0], expected[[0, 2, 3]])
     assert torch.equal(classes.images[1, :2, 0], expected[[1, 4]])
     assert evaluate(NearestPixels(), classes, EpisodeSpec(2, 1, 1), n_episodes=5).n_episodes == 5
-    with pytest.raises(ValueError, match="^5 images but 3 labels; give one label an image$"):
+    with pytest.raises(ValueError, match="^5 images but 3 labels; give one label per image$"):
         from_arrays(PIXELS, "abc")
 
 

@@ -154,7 +154,7 @@ def test_bad_files_are_skipped_with_the_reason_and_the_rest_is_read(folder: Path
     assert "symbolic links" in reasons.pop("loop.jpg") and "No such file" in reasons.pop("gone.jpg")
     assert reasons.pop("up") == "a folder in the folder of a class"
     assert reasons.pop("pipe.jpg") == "not a regular file"
-    assert all("beside the folders" in reasons.pop(name) for name in ("notes.txt", "circle"))
+    assert all("beside the class folders" in reasons.pop(name) for name in ("notes.txt", "circle"))
     assert not reasons
 
 

@@ -344,10 +344,10 @@ IMAGES, LABELS = torch.rand(2, 3, 1, 4, 4), torch.tensor([[0, 1, 2], [2, 0, 1]])
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"support_labels": LABELS + 1}, "support_labels run from 1 to 3, but those of 3 classes from 0 to 2"),
+        ({"support_labels": LABELS + 1}, "support_labels run from 1 to 3, but labels of 3 classes run from 0 to 2"),
         ({"support_labels": LABELS.clamp(min=1)}, "class 0 of n_way = 3 has no support image in some task"),
-        ({"query_labels": LABELS - 1}, "query_labels run from -1 to 1, but those of 3 classes"),
-        ({"support_labels": LABELS.float()}, r"targets of a regression, [task, point, 3], got [2, 3]"),
+        ({"query_labels": LABELS - 1}, "query_labels run from -1 to 1, but labels of 3 classes"),
+        ({"support_labels": LABELS.float()}, r"targets of a regression must be [task, point, 3], got [2, 3]"),
         ({"support_labels": LABELS[:, :2]}, "support_labels must be [task, image], here [2, 3], got [2, 2]"),
         ({"support_labels": LABELS[0]}, "a batch of one task has a task axis too, as in labels[None]"),
         ({"support_images": IMAGES[0, 0, 0]}, "one task needs images[None]"),
@@ -383,7 +383,7 @@ def test_another_dtype_is_for_pixels_and_targets_not_for_labels():
         (torch.rand(3, 2, 1, 4, 4), "images must be uint8, 0 (paper) to 255 (ink), got torch.float32"),
         (
             torch.zeros(3, 2, 8, 8, 3, dtype=torch.uint8),
-            "images come channels last, [3, 2, 8, 8, 3]; give images.movedim",
+            "images are channels-last, [3, 2, 8, 8, 3]; give images.movedim",
         ),
         (
             torch.zeros(3, 8, 8, dtype=torch.uint8),
@@ -411,7 +411,7 @@ def test_impossible_requests_say_what_to_do(class_images: Callable[..., ClassIma
     for n_tasks in (0, -1):
         with pytest.raises(ValueError, match=exactly(f"n_tasks must be positive, got {n_tasks}")):
             EpisodeSampler(classes, EpisodeSpec(2, 1, 1)).sample(n_tasks)
-    with pytest.raises(ValueError, match=exactly("3 classes of images but 2 names; give one name a class")):
+    with pytest.raises(ValueError, match=exactly("3 classes of images but 2 names; give one name per class")):
         ClassImages(classes.images, ["a", "b"])
     with pytest.raises(
         ValueError, match=exactly("rotations need square images, got 8×7; resize them or drop rotations")

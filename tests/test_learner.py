@@ -58,7 +58,7 @@ def test_pictures_are_taken_as_they_come(given: Any):
         (2 * PICTURES - 1, "from -1 to 1; divide by 255, or undo the normalisation"),
         (PICTURES / 0, "support_images must be finite real numbers"),
         (1 - PICTURES, "support_images look like dark strokes on white paper, but here 0 is paper and 1 is ink"),
-        (PICTURES.expand(3, 3, 28, 28).movedim(1, -1), "support_images come channels last, [3, 28, 28, 3]"),
+        (PICTURES.expand(3, 3, 28, 28).movedim(1, -1), "support_images are channels-last, [3, 28, 28, 3]"),
         (
             PICTURES[0, 0],
             "support_images must be [image, channel, height, width] or [image, height, width], got",
@@ -73,7 +73,7 @@ def test_pictures_that_cannot_be_taken(given: Any, message: str):
 
 
 def test_labels_that_do_not_fit():
-    with pytest.raises(ValueError, match="^3 support images but 2 labels; give one label an image$"):
+    with pytest.raises(ValueError, match="^3 support images but 2 labels; give one label per image$"):
         NearestPixels().predict(PICTURES, "ab", PICTURES)
     with pytest.raises(ValueError, match="^the network has 5 outputs but the episode is 3-way; MAML adapts one head"):
         MAML(ConvNet(5, filters=4)).predict(PICTURES, "abc", PICTURES)

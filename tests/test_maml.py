@@ -571,7 +571,7 @@ def test_overfits_one_episode(random_episode: Episodes, options: dict[str, Any])
         ({"test_inner_lr": 0.0}, "test_inner_lr must be positive, got 0.0"),
         (
             {"test_inner_lr": 0.1, "learned_lr": "layer"},
-            "where rates are learned, the test takes them too; leave test_inner_lr out",
+            "where rates are learned, the test uses them too; leave test_inner_lr out",
         ),
         ({"adapt": "tail"}, "adapt must be 'all', 'head' or 'body', got 'tail'"),
         ({"learned_lr": "each"}, "learned_lr must be 'none', 'parameter' or 'layer', got 'each'"),

@@ -114,7 +114,7 @@ def test_every_image_is_a_support_image_in_turn(k_shot: int):
 def test_classes_of_unlike_size_cannot_take_turns():
     task = episode(1)
     uneven = replace(task, query_labels=task.query_labels.clamp(max=1))
-    with pytest.raises(ValueError, match="in_turn needs as many images of every class"):
+    with pytest.raises(ValueError, match="in_turn needs equally many images of every class"):
         Prototypical(small(), in_turn=True).meta_loss(uneven)
 
 

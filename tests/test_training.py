@@ -435,7 +435,7 @@ def test_patience_ends_a_training_that_no_longer_gets_better(tmp_path: Path):
     history = fit(Line(), config=config, folder=tmp_path, validate=lambda _: next(accuracies))
     assert [row["iteration"] for row in history] == [2, 4, 6, 8]
     assert fit(Line(), config=config, folder=tmp_path, validate=lambda _: 0.9) == history  # and it has ended
-    with pytest.raises(ValueError, match="^without `validate` no parameters are the best"):
+    with pytest.raises(ValueError, match="^without `validate` there are no best parameters"):
         fit(Line(), config=config)
 
 
@@ -711,7 +711,7 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path: Path, draw: int):
         if now == draw:
             signal.raise_signal(signal.SIGINT)
 
-    message = f"stopped after iteration {draw}; run the same command again to go on from {tmp_path / CHECKPOINT}"
+    message = f"stopped after iteration {draw}; run the same command again to continue from {tmp_path / CHECKPOINT}"
     with pytest.raises(KeyboardInterrupt, match=exactly(message)):
         fit(Line(), Tampered(sampler(), press), folder=tmp_path)
     assert torch.load(tmp_path / CHECKPOINT)["progress"]["iteration"] == draw
@@ -831,7 +831,8 @@ def test_interrupted_then_killed_then_finished_is_as_if_never_stopped(tmp_path: 
     child.send_signal(signal.SIGINT)
     output, _ = child.communicate()
     iteration = torch.load(path)["progress"]["iteration"]
-    message = f"KeyboardInterrupt: stopped after iteration {iteration}; run the same command again to go on from {path}"
+    stopped = f"stopped after iteration {iteration}"
+    message = f"KeyboardInterrupt: {stopped}; run the same command again to continue from {path}"
     assert output.splitlines()[-1] == message
     assert 0 < iteration < 30
 

@@ -1,4 +1,4 @@
-"""Bandits: arms that pay or do not, with chances that must be found out; and the strategies of the textbooks.
+"""Bandits: arms that pay or do not, with chances that must be found out; and the textbook strategies.
 
 Many bandits are played side by side: every array begins with `[bandit]`.
 """
@@ -23,7 +23,7 @@ Strategy = Callable[[Counts, Counts, int, torch.Generator], Int64[Tensor, " band
 
 @dataclass(frozen=True)
 class Bandits:
-    """Bandits whose arms pay 1 with chances that are uniform from 0 to 1, and else 0; a world for `RL2`.
+    """Bandits whose arms pay 1 with chances that are uniform from 0 to 1, and otherwise 0; a world for `RL2`.
 
     Args:
         n_actions: arms of each.
@@ -81,7 +81,7 @@ def pull(chances: Chances, arms: Int64[Tensor, " bandit"], generator: torch.Gene
     """What the chosen arms pay, 0 or 1.
 
     Raises:
-        ValueError: if an arm is not there, or not every bandit has one.
+        ValueError: if an arm does not exist, or not every bandit has one.
     """
     n_bandits, n_arms = chances.shape
     if arms.shape != (n_bandits,) or int(arms.min()) < 0 or int(arms.max()) >= n_arms:
@@ -97,9 +97,9 @@ def play(strategy: Strategy, chances: Chances, horizon: int, *, seed: int = 0) -
 
     Args:
         strategy: maps how often each arm paid and did not, how many pulls are left, and a generator to arms.
-        chances: of the bandits.
+        chances: those of the bandits.
         horizon: pulls.
-        seed: of strategy and arms.
+        seed: seed of strategy and arms.
     """
     generator = torch.Generator().manual_seed(seed)
     paid, not_paid, earned = torch.zeros_like(chances), torch.zeros_like(chances), []
@@ -120,7 +120,7 @@ def at_random(paid: Counts, not_paid: Counts, left: int, generator: torch.Genera
 
 
 def greedy(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
-    """The arm with the greatest expected chance, all chances being equally likely beforehand."""
+    """The arm with the greatest expected chance, if all chances are equally likely beforehand."""
     return _largest((paid + 1) / (paid + not_paid + 2), generator)
 
 
@@ -147,9 +147,9 @@ def ucb1(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) 
 
 
 def gittins(paid: Counts, not_paid: Counts, left: int, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
-    """The arm with the greatest Gittins index: the sure payment a pull that it is worth as much as.
+    """The arm with the greatest Gittins index: the sure payment per pull that it is worth.
 
-    Optimal for infinitely many pulls, each counting `1 - 1 / left` of the one before; nearly so for those left.
+    Optimal for infinitely many pulls, each counting `1 - 1 / left` times the one before; nearly optimal for those left.
 
     Reference:
         Gittins (1979), Bandit processes and dynamic allocation indices.
@@ -166,9 +166,10 @@ _DISCOUNTS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 @cache
 def gittins_indices(discount: float, longest: int = 110) -> Float[Tensor, "paid not_paid"]:
-    """The index of an arm that has paid so often, and so often not, by bisection in the sure payment.
+    """The index of an arm by how often it has paid, and how often not, by bisection in the sure payment.
 
-    With `s` sure a pull for ever, an arm is worth playing while `max(s / (1 - d), p + d E[value])` is the second.
+    With `s` for sure per pull for ever, an arm is worth playing while `max(s / (1 - d), p + d E[value])` is the second
+    term.
     """
     n = longest + 1
     paid, not_paid = torch.meshgrid(*(torch.arange(n, dtype=torch.float64),) * 2, indexing="ij")
@@ -193,13 +194,13 @@ def gittins_indices(discount: float, longest: int = 110) -> Float[Tensor, "paid 
 
 
 def _largest(values: Counts, generator: torch.Generator) -> Int64[Tensor, " bandit"]:
-    """The arm of the largest value; of equal ones any."""
+    """The arm with the largest value; any of equal ones."""
     drawn = torch.rand(values.shape, generator=generator, dtype=values.dtype)
     return drawn.masked_fill(values < values.amax(1, keepdim=True), -1).argmax(1)
 
 
 def _beta(a: Counts, b: Counts, generator: torch.Generator) -> Chances:
-    """Draws of beta distributions, by the gamma distributions that make them, from a generator."""
+    """Draws from beta distributions, made from gamma distributions, by a generator."""
     draw = torch._standard_gamma  # pyright: ignore[reportPrivateImportUsage]
     x, y = draw(a, generator=generator), draw(b, generator=generator)
     return x / (x + y)

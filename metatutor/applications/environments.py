@@ -61,13 +61,13 @@ class Navigation(gymnasium.Env[np.ndarray, np.ndarray]):
 
 
 class NavigationVector(VectorEnv[np.ndarray, np.ndarray, np.ndarray]):
-    """Many walks side by side, each with a goal of its own; all begin anew in the step after the hundredth.
+    """Many walks side by side, each with a goal of its own; all start again in the step after the hundredth.
 
     Args:
         goals: `[walk, 2]`.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - as Gymnasium wants it
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - as Gymnasium expects it
 
     def __init__(self, goals: Float[Tensor, "walk 2"]) -> None:
         check_goals(goals)
@@ -107,10 +107,10 @@ class Process(gymnasium.Env[int, SupportsInt]):
 
     Args:
         processes: what kind.
-        seed: of the process.
+        seed: seed of the process.
 
     Raises:
-        ValueError: if an action is not there.
+        ValueError: if an action does not exist.
     """
 
     def __init__(self, processes: Processes | None = None, *, seed: int = 0) -> None:

@@ -1,12 +1,12 @@
 """Few-shot generation: new drawings of a character seen once, by a variational autoencoder that looks at a support set.
 
-The context `c`, the mean of what a network makes of the support images, says which character is drawn. What is special
-about one drawing `x` of it, the latent numbers `z` say. So `p(x | c) = ∫ p(x | z, c) p(z | c) dz`, and any
+The context `c`, the mean of a network's outputs for the support images, says which character is drawn. The latent
+numbers `z` say what is special about one drawing `x` of it. So `p(x | c) = ∫ p(x | z, c) p(z | c) dz`, and any
 `q(z | x, c)` gives a bound,
 
     log p(x | c)  >=  E_q[log p(x | z, c)] - KL(q(z | x, c) || p(z | c)),
 
-in nats an image, for any number of support images, also for none.
+in nats per image, for any number of support images, including none.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Gaussian:
     log_scale: Float[Tensor, "n latent"]
 
     def at(self, noise: Float[Tensor, "*more #n latent"]) -> Float[Tensor, "*more n latent"]:
-        """What standard normal noise becomes."""
+        """What standard normal noise turns into."""
         return self.mean + self.log_scale.exp() * noise
 
     def log_density(self, values: Float[Tensor, "*more n latent"]) -> Float[Tensor, "*more n"]:
-        """Of each row."""
+        """The log-density of each row."""
         rest = (values - self.mean) * (-self.log_scale).exp()
         return -(0.5 * rest**2 + self.log_scale + 0.5 * math.log(2 * math.pi)).sum(-1)
 
@@ -60,12 +60,12 @@ def ink(images: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def log_pixels(logits: Float[Tensor, "n 1 28 28"], drawings: Drawings) -> Float[Tensor, " n"]:
-    """The log-probability of each drawing, its pixels being independent given the logits."""
+    """The log-probability of each drawing, whose pixels are independent given the logits."""
     return -F.binary_cross_entropy_with_logits(logits, drawings, reduction="none").flatten(1).sum(1)
 
 
 class ConditionalVAE(Learner):
-    """Draws more drawings of a character from some drawings of it, and tells how probable a drawing is.
+    """Makes more drawings of a character from some drawings of it, and says how probable a drawing is.
 
     As a classifier it answers by Bayes' rule: the logit of a class is the bound on the log-probability of the query
     image, given the support images of that class.
@@ -117,7 +117,7 @@ class ConditionalVAE(Learner):
         return -self.bound(episode.query_images.flatten(0, 1), of_queries, chance).mean()
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
-        """The bound of every query image given the support images of every class, all by the same chance."""
+        """The bound of every query image given the support images of every class, all with the same random numbers."""
         contexts, noise = self.contexts(episode), _noise((1, self.latent), torch.Generator().manual_seed(0), self)
         n_query, n_way = episode.query_images.shape[1], episode.n_way
         drawings = episode.query_images[:, :, None].expand(-1, -1, n_way, -1, -1, -1)
@@ -128,7 +128,7 @@ class ConditionalVAE(Learner):
     # --- as a model ---
 
     def contexts(self, episode: Episode, shots: int | None = None) -> Float[Tensor, "task way channel 7 7"]:
-        """What the first `shots` support images of every class say of it; default: all of them."""
+        """What the first `shots` support images of every class say about it; default: all of them."""
         looks = self.look(episode.support_images.flatten(0, 1)).unflatten(0, (len(episode), -1))
         members = F.one_hot(episode.support_labels, episode.n_way)  # [task, support, way]
         if shots is not None:
@@ -137,7 +137,7 @@ class ConditionalVAE(Learner):
         return _context(torch.einsum("tsw,tschv->twchv", members, looks), members.sum(1))
 
     def context(self, support_images: Float[Tensor, "shot 1 28 28"]) -> Maps:
-        """What drawings of one character say of it, `[1, channel, 7, 7]`; of no drawings, that nothing is known.
+        """What drawings of one character say about it, `[1, channel, 7, 7]`; without drawings, that nothing is known.
 
         Raises:
             ValueError: if images are not 1×28×28.
@@ -146,7 +146,7 @@ class ConditionalVAE(Learner):
         return _context(looks.sum(0)[None], looks.new_full((1,), len(looks)))
 
     def bound(self, images: Drawings, context: Context, generator: torch.Generator) -> Float[Tensor, " n"]:
-        """Of the log-probability of each image: an unbiased estimate by one sample, in nats."""
+        """The bound on the log-probability of each image: an unbiased estimate from one sample, in nats."""
         return self._bound(ink(images), context, _noise((len(images), self.latent), generator, self))
 
     def _bound(self, drawings: Drawings, context: Tensor, noise: Tensor) -> Float[Tensor, " n"]:
@@ -163,7 +163,7 @@ class ConditionalVAE(Learner):
         *,
         samples: int = 50,
     ) -> Float[Tensor, " n"]:
-        """A bound that becomes the log-probability as samples become many: the log of their mean weight.
+        """A bound that approaches the log-probability with more samples: the log of their mean weight.
 
         Reference:
             Burda, Grosse & Salakhutdinov (2016), equation 8.
@@ -193,15 +193,15 @@ class ConditionalVAE(Learner):
     ) -> Drawings:
         """New drawings of the character that the support images show: how probable ink is, pixel by pixel.
 
-        A low temperature makes clear shapes, but also puts them all in the same place, as people do not. What it takes
-        from the variance of the place is given back: each drawing is stretched, sheared and moved at random, by
+        A low temperature makes clear shapes, but also puts them all in the same place, which people do not do. The
+        variance of place that it removes is put back: each drawing is stretched, sheared and moved at random, by
         `sqrt(1 - temperature²)` times `places`.
 
         Args:
-            support_images: drawings of one character; none of them: any character.
+            support_images: drawings of one character; if there are none: any character.
             n: how many to draw.
-            generator: chance.
-            temperature: what standard deviations of the prior are multiplied by; less than 1: more alike, and clearer.
+            generator: the source of randomness.
+            temperature: factor of the prior's standard deviations; below 1: more alike, and clearer.
 
         Raises:
             ValueError: if images are not 1×28×28, `n` is not positive or the temperature is negative.
@@ -219,16 +219,16 @@ class ConditionalVAE(Learner):
 
 
 class Adaptable(Network):
-    """A model without support as a network whose decoder `Reptile` or `MAML` can adapt, by the bound as their loss.
+    """A model without support as a network whose decoder `Reptile` or `MAML` can adapt, with the bound as their loss.
 
-    It puts out the logits of all pixels and the divergence, for latent numbers drawn from `q(z | x)` by PyTorch's own
-    random numbers. What the labels of its tasks are, `drawing_task` says.
+    It returns the logits of all pixels and the divergence, for latent numbers drawn from `q(z | x)` by PyTorch's own
+    random numbers. `drawing_task` makes the labels of its tasks.
 
     Args:
-        model: whose decoder adapts; everything else stays as it is.
+        model: the one whose decoder adapts; everything else stays as it is.
 
     Raises:
-        ValueError: if the model was made to be shown a support set.
+        ValueError: if the model was made for use with a support set.
 
     Example:
         >>> from metatutor import Reptile
@@ -258,7 +258,7 @@ class Adaptable(Network):
 
 
 def minus_bound(outputs: Float[Tensor, "n output"], labels: Float[Tensor, "n output"]) -> Float[Tensor, ""]:
-    """Minus the mean bound of drawings, from what `Adaptable` puts out and the labels of `drawing_task`."""
+    """Minus the mean bound of drawings, from the outputs of `Adaptable` and the labels of `drawing_task`."""
     pixels = F.binary_cross_entropy_with_logits(outputs[:, :-1], labels[:, :-1], reduction="none").sum(1)
     return (pixels + outputs[:, -1]).mean()
 
@@ -266,7 +266,7 @@ def minus_bound(outputs: Float[Tensor, "n output"], labels: Float[Tensor, "n out
 def drawing_task(
     support_images: Float[Tensor, "task support 1 28 28"], query_images: Float[Tensor, "task query 1 28 28"]
 ) -> Episode:
-    """Tasks of drawings that are to be drawn again: labels are their pixels, and a zero for the divergence."""
+    """Tasks of redrawing drawings: labels are their pixels, and a zero for the divergence."""
     labels = [F.pad(ink(images).flatten(2), (0, 1)) for images in (support_images, query_images)]
     return Episode(support_images, labels[0], query_images, labels[1], n_way=_SIDE**2 + 1)
 
@@ -275,7 +275,7 @@ def drawing_task(
 
 
 class Looking(nn.Module):
-    """What is to be seen in a drawing: three convolutions, two of which halve it."""
+    """What can be seen in a drawing: three convolutions, two of which halve it."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -336,8 +336,8 @@ class Decoder(nn.Module):
 def placed(logits: Float[Tensor, "n 1 28 28"], places: Float[Tensor, "n 6"]) -> Float[Tensor, "n 1 28 28"]:
     """Every image moved by an affine map, bilinearly; what comes from beyond the margin is paper.
 
-    The pixel at `p`, counted from the middle in halves of the width, is fetched from `p + A p + t`; `places` are `A`
-    and `t`, row by row: `[A11, A12, t1, A21, A22, t2]`.
+    The pixel at `p`, measured from the middle in half-widths, is fetched from `p + A p + t`; `places` are `A` and `t`,
+    row by row: `[A11, A12, t1, A21, A22, t2]`.
     """
     maps = torch.eye(2, 3).to(logits) + places.view(-1, 2, 3)
     grid = F.affine_grid(maps, list(logits.shape), align_corners=False)

@@ -1,4 +1,4 @@
-"""Navigation in the plane: walk to a goal that is not shown; only the distance is, as what each step costs.
+"""Navigation in the plane: walk to a hidden goal; only its distance is revealed, as the cost of each step.
 
 The dynamics are functions of batches of any shape; `environments` wraps them for Gymnasium.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 
-HORIZON, STRIDE, REACH = 100, 0.1, 0.5  # steps; the longest step in x and y; goals lie so far from 0 in x and y
+HORIZON, STRIDE, REACH = 100, 0.1, 0.5  # steps; the longest step in x and y; how far from 0 goals lie in x and y
 SIDE = 4.0  # nobody walks farther in x and y
 
 Places = Float[Tensor, "*batch 2"]
@@ -27,13 +27,13 @@ def goals(n: int, *, seed: int = 0) -> Float[Tensor, "goal 2"]:
 
 
 def check_goals(places: Places) -> None:
-    """Raise a `ValueError` if a goal is none, or lies outside the square."""
+    """Raise a `ValueError` if a goal is invalid, or lies outside the square."""
     if places.shape[-1:] != (2,) or not bool((places.abs() <= REACH + 1e-6).all()):
         raise ValueError(f"a goal has two coordinates from {-REACH:g} to {REACH:g}, got {places.tolist()}")
 
 
 def moved(places: Places, actions: Places) -> Places:
-    """Where steps lead: a tenth of an action, which counts from -1 to 1 in x and y."""
+    """Where steps lead: a tenth of an action, which is clipped to -1 to 1 in x and y."""
     return (places + STRIDE * actions.clamp(-1, 1)).clamp(-SIDE, SIDE)
 
 
@@ -57,12 +57,12 @@ class Goals:
     """Tasks of navigation, as `train` draws them: the label of a task's only image is its goal."""
 
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> GoalSampler:
-        """What draws goals."""
+        """A sampler of goals."""
         return GoalSampler(seed)
 
 
 class GoalSampler(SeededSampler):
-    """Draws goals and, as images, the numbers that chance comes from."""
+    """Draws goals and, as images, the numbers that seed all randomness."""
 
     def sample(self, n_tasks: int) -> Episode:
         """Draw the next `n_tasks` tasks: `images` `[task, 1, 1]`, `labels` `[task, 1, 2]`."""

@@ -1,7 +1,8 @@
-"""MAML with policy gradients: a beginning from which one policy-gradient step learns a task.
+"""MAML with policy gradients: initial parameters from which one policy-gradient step learns a task.
 
 The inner gradient is an estimate from sampled walks, and the outer loop differentiates through it. The estimate must
-therefore have the right *derivative*, which the textbook's `log π(a) A` has not: its second derivative lacks a term.
+therefore have the right *derivative*, which the textbook's `log π(a) A` does not have: its second derivative lacks a
+term.
 """
 
 from __future__ import annotations
@@ -29,20 +30,20 @@ Estimator = Literal["likelihood-ratio", "dice", "log-probability"]
 def surrogate(
     log_probabilities: LogProbabilities, advantages: Advantages, estimator: Estimator
 ) -> Float[Tensor, "*task"]:
-    """A number a task whose gradient estimates that of the expected return per step, from sampled actions.
+    """A number per task whose gradient estimates that of the expected return per step, from sampled actions.
 
     With `⊥` for what is held constant, and `l` the log-probabilities of the actions taken:
 
-    - `"likelihood-ratio"`: the mean of `exp(l - ⊥l) A`, right in its first two derivatives as far as an action acts on
+    - `"likelihood-ratio"`: the mean of `exp(l - ⊥l) A`, right in its first two derivatives as far as an action affects
       its own advantage (the low-variance-curvature estimator).
     - `"dice"`: the mean of `exp(c - ⊥c) A`, `c` the sum of `l` up to now, right in all derivatives, and noisier.
     - `"log-probability"`: the mean of `l A`, right in its first derivative only. Its second lacks the expectation of
       `∇l ∇lᵀ A`: here for comparison.
 
     Args:
-        log_probabilities: of actions taken, `[..., walk, time]`.
+        log_probabilities: those of actions taken, `[..., walk, time]`.
         advantages: how much better than expected what followed was, `[..., walk, time]`; never differentiated.
-        estimator: which.
+        estimator: which one.
 
     Raises:
         ValueError: if there is no such estimator.
@@ -59,7 +60,7 @@ def surrogate(
 
 
 class GaussianPolicy(nn.Module):
-    """Actions around a mean that a network of two hidden layers gives, with spreads of their own.
+    """Actions around a mean given by a network with two hidden layers, with spreads as parameters of their own.
 
     Args:
         n_observed: numbers in an observation.
@@ -82,7 +83,7 @@ class GaussianPolicy(nn.Module):
     def means(
         self, parameters: Parameters, observed: Float[Tensor, "task n observed"]
     ) -> Float[Tensor, "task n action"]:
-        """Means of the actions of every task under parameters of its own, `[task, ...]` by name."""
+        """Means of the actions of every task under its own parameters, `[task, ...]` by name."""
         layers = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
         for layer in layers:
             weight, bias = parameters[f"{layer}.weight"], parameters[f"{layer}.bias"]
@@ -91,7 +92,7 @@ class GaussianPolicy(nn.Module):
         return observed
 
     def log_probabilities(self, parameters: Parameters, walks: Walks) -> Float[Tensor, "task walk time"]:
-        """Log-densities of the actions of walks, under parameters of every task."""
+        """Log-densities of the actions of walks, under each task's parameters."""
         means = self.means(parameters, walks.observed.flatten(1, 2)).view_as(walks.actions)
         log_spread = parameters["log_spread"][:, None, None]
         rest = (walks.actions - means) * (-log_spread).exp()
@@ -124,7 +125,7 @@ def sample_walks(
     horizon: int,
     generator: torch.Generator,
 ) -> Walks:
-    """Walks of every task under parameters of its own, `[task, ...]` by name, all side by side."""
+    """Walks of every task under its own parameters, `[task, ...]` by name, all side by side."""
     n_tasks = len(next(iter(parameters.values())))
     spread = parameters["log_spread"].exp()[:, None]
     noise = torch.randn(horizon, n_tasks, n_walks, spread.shape[-1], generator=generator)
@@ -138,7 +139,7 @@ def sample_walks(
 
 
 def advantages(walks: Walks, discount: float = 0.99, trace: float = 0.9) -> Float[Tensor, "task walk time"]:
-    """Generalised advantages, by a baseline that is fitted to the walks of each task; nothing of it is differentiated.
+    """Generalised advantages, with a baseline that is fitted to the walks of each task; none of it is differentiated.
 
     The baseline is linear in observations, their squares and powers of time. Advantages are scaled to mean 0 and
     variance 1 over the walks of a task.
@@ -164,7 +165,7 @@ def advantages(walks: Walks, discount: float = 0.99, trace: float = 0.9) -> Floa
 
 
 def _discounted(values: Float[Tensor, "*batch time"], factor: float) -> Float[Tensor, "*batch time"]:
-    """What follows each time, itself included, every step later counting `factor` times as much."""
+    """The sum from each time on, itself included, every later step counting `factor` times as much."""
     sums = [values[..., -1]]
     for value in values.flip(-1).unbind(-1)[1:]:
         sums.append(value + factor * sums[-1])
@@ -172,22 +173,22 @@ def _discounted(values: Float[Tensor, "*batch time"], factor: float) -> Float[Te
 
 
 class MetaPolicy(Learner):
-    """A policy that adapts to a task by one or more policy-gradient steps, each from walks of its own.
+    """A policy that adapts to a task by one or more policy-gradient steps, each from its own walks.
 
-    A task is a goal: the label of the task's only image, which is a number that all chance comes from, so that the same
+    A task is a goal: the label of the task's only image, which is a number that seeds all randomness, so that the same
     episode always gives the same walks. `walk` is how it moves, `reward` what a step brings.
 
     Args:
-        policy: whose parameters are the beginning.
+        policy: the policy whose parameters are the initial ones.
         dynamics: maps the labels of tasks, such as goals `[task, 2]`, to a function of places and actions that returns
-            next places and rewards. A walk begins where all numbers of its place are 0.
+            next places and rewards. A walk starts where all numbers of its place are 0.
         inner_lr: length of a step of adaptation.
-        learned_lr: whether the outer loop learns a rate for every parameter, from `inner_lr` on.
+        learned_lr: whether the outer loop learns a rate for every parameter, starting from `inner_lr`.
         inner_steps: steps of adaptation.
-        n_walks: walks for each step, and as many to be judged.
+        n_walks: walks for each step, and as many to judge the result.
         horizon: steps of a walk.
-        estimator: of the inner gradient (see `surrogate`).
-        first_order: whether the outer loop takes the adapted parameters for the beginning plus a constant.
+        estimator: estimator of the inner gradient (see `surrogate`).
+        first_order: whether the outer loop treats the adapted parameters as the initial ones plus a constant.
 
     Reference:
         Finn, Abbeel & Levine (2017), algorithm 3; learned rates: Li et al. (2017), Meta-SGD.
@@ -226,7 +227,7 @@ class MetaPolicy(Learner):
         return -self.gains(parameters, self.walks(parameters, dynamics, generator), "log-probability").mean()
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query observed"]:
-        """Where a walk of the adapted policy ends, on the average."""
+        """Where a walk of the adapted policy ends, on average."""
         walks = self.path(episode)[-1]
         return walks.observed[:, :, -1].mean(1, keepdim=True).expand(-1, episode.query_images.shape[1], -1)
 
@@ -254,7 +255,7 @@ class MetaPolicy(Learner):
         return surrogate(told, advantages(walks), estimator)
 
     def adapted(self, parameters: Parameters, walks: Walks, *, keep: bool = True) -> Parameters:
-        """The parameters after one step up the surrogate of each task; to be differentiated through, if `keep`."""
+        """The parameters after one step up the surrogate of each task; differentiable, if `keep`."""
         with torch.enable_grad():
             inside = {n: p if keep and p.requires_grad else p.detach().requires_grad_() for n, p in parameters.items()}
             total = self.gains(inside, walks, self.estimator).sum()
@@ -264,12 +265,12 @@ class MetaPolicy(Learner):
         return {name: p + rate * gradient for (name, p), rate, gradient in steps}
 
     def trust_region_step(self, episode: Episode, *, radius: float = 0.01, **options: Any) -> float:
-        """One step of the outer loop by TRPO: as far as the adapted policies diverge by no more than the radius.
+        """One step of the outer loop by TRPO: as far as the adapted policies can go within the radius.
 
         Args:
-            episode: tasks; their walks are sampled once, by the parameters of now.
+            episode: tasks; their walks are sampled once, with the current parameters.
             radius: the greatest mean Kullback-Leibler divergence of an action's distribution.
-            options: of `trust_region_step`.
+            options: further arguments of `trust_region.trust_region_step`.
 
         Returns:
             How much the surrogate of the walks after adaptation rose; 0 if nothing changed.

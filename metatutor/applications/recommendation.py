@@ -1,6 +1,6 @@
 """Personalisation: a user is a task, the ratings seen so far are its support set.
 
-Baselines and the exact answers of two kinds of users, and a network whose last layer is the user. That layer is what
+Baselines and the exact answers for two kinds of users, and a network whose last layer is the user. That layer is what
 `MAML(..., adapt="head")` adapts to each of them.
 """
 
@@ -36,7 +36,7 @@ class Ratings:
 
     Args:
         values: `[user, item]`; NaN where unknown.
-        scale: the least and the greatest rating there can be; None: any number.
+        scale: the lowest and the highest possible rating; None: any number.
 
     Raises:
         ValueError: if there is no rating, or one is outside the scale.
@@ -73,20 +73,20 @@ class Ratings:
         return replace(self, values=self.values[torch.as_tensor(users)])
 
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> RatingSampler:
-        """What draws users with some of their ratings: at most `spec.k_shot` known, `spec.n_query` to be told."""
+        """A sampler of users with some of their ratings: at most `spec.k_shot` known, `spec.n_query` to predict."""
         return RatingSampler(self, spec, seed=seed)
 
     def histories(self, n_seen: Sequence[int], *, seed: int = 0) -> tuple[list[Table], Table]:
-        """What is known of every user after so many ratings in random order, and the ratings after the last of these.
+        """What is known about every user after `n_seen` random ratings, and the ratings after the last of these.
 
-        The ratings that are asked for are the same whatever is known, so that predictions can be compared in pairs.
+        The ratings to predict are the same however much is known, so that predictions can be compared in pairs.
 
         Raises:
-            ValueError: if a user has rated too few items to leave one to ask for.
+            ValueError: if a user has rated too few items to leave one to predict.
         """
         if int(self.counts.min()) <= max(n_seen):
             raise ValueError(
-                f"every user must have rated more than {max(n_seen)} items; {int(self.counts.min())} is least"
+                f"every user must have rated more than {max(n_seen)} items; the fewest are {int(self.counts.min())}"
             )
         rank = _order(self.values, torch.Generator().manual_seed(seed)).argsort(1)
         known = [self.values.where(rank < n, torch.nan) for n in n_seen]
@@ -100,12 +100,12 @@ def _order(values: Table, generator: torch.Generator) -> Int64[Tensor, "user ite
 
 
 class RatingSampler(SeededSampler):
-    """Draws users; all users of a draw have equally many known ratings, from one to `spec.k_shot`.
+    """Draws users; all users of a draw have the same number of known ratings, from one to `spec.k_shot`.
 
     Args:
         ratings: where they come from.
-        spec: the most known ratings and how many are to be told; one number is, so `n_way` is 1.
-        seed: where the stream of users begins.
+        spec: the most known ratings and how many to predict; a rating is one number, so `n_way` is 1.
+        seed: selects the stream of users.
 
     Raises:
         ValueError: if `n_way` is not 1, or nobody has rated enough items.
@@ -142,7 +142,7 @@ def load_jester(path: Path | str) -> Ratings:
 
 
 def load_movielens(path: Path | str) -> Ratings:
-    """MovieLens' ratings, from 0.5 to 5: `ratings.csv` (with a head), `ratings.dat` (`::`) or `u.data` (tabs).
+    """MovieLens' ratings, from 0.5 to 5: `ratings.csv` (with a header), `ratings.dat` (`::`) or `u.data` (tabs).
 
     Items and users are numbered in the order of their ids.
 
@@ -179,22 +179,22 @@ def _of_lines(lines: Sequence[str], between: str, path: Any, scale: tuple[float,
 
 
 def item_means(ratings: Ratings) -> Predictor:
-    """What is known of a user is ignored: the mean rating of each item."""
+    """What is known about a user is ignored: the mean rating of each item."""
     means = _means(ratings)
     return lambda known: means.expand(len(known), -1)
 
 
 def own_mean(ratings: Ratings) -> Predictor:
-    """The mean of a user's own ratings for every item; without ratings, that of everybody's."""
+    """The mean of a user's own ratings for every item; without ratings, the mean of everybody's."""
     overall = ratings.values.nanmean()
     return lambda known: known.nanmean(1, keepdim=True).nan_to_num(overall.item()).expand_as(known)
 
 
 def shrunken_mean(ratings: Ratings) -> Predictor:
-    """Item means, plus how much kinder a user is than they are, shrunk towards nothing while little is known.
+    """Item means, plus how much kinder a user is than they are, shrunk towards zero while little is known.
 
-    Of `n` ratings whose mean lies `d` above those items' the shift is `d n / (n + s)`, where `s` is the variance within
-    users divided by that between them.
+    For `n` ratings whose mean is `d` above that of those items, the shift is `d n / (n + s)`, where `s` is the variance
+    within users divided by that between them.
 
     Reference:
         Efron & Morris (1975), Data analysis using Stein's estimator.
@@ -225,7 +225,7 @@ class GaussianUsers:
     """Users whose ratings are `mean + factors z + noise`, `z` and the noise Gaussian: predictions are exact Bayes.
 
     Attributes:
-        mean: of each item, `[item]`.
+        mean: mean rating of each item, `[item]`.
         factors: `[item, factor]`.
         noise: standard deviation of a rating.
 
@@ -242,7 +242,7 @@ class GaussianUsers:
         return self.mean + self.tastes(known)[0] @ self.factors.mT
 
     def tastes(self, known: Table) -> tuple[Float[Tensor, "user factor"], Float[Tensor, "user factor factor"]]:
-        """Mean and covariance of each user's `z`, given some ratings: all that there is to keep of a user."""
+        """Mean and covariance of each user's `z`, given some ratings: all that has to be kept of a user."""
         mask = (~known.isnan()).to(known.dtype)
         rest = (known - self.mean).nan_to_num(0.0)
         precision = torch.einsum("ui,ik,il->ukl", mask, self.factors, self.factors) / self.noise**2
@@ -281,7 +281,7 @@ class GaussianUsers:
 
 @dataclass(frozen=True, eq=False)
 class MixedUsers:
-    """Users of a few kinds, each of which has a taste of its own; a rating is that, and noise. Exact Bayes again.
+    """Users of a few kinds, each with a taste of its own; a rating is that taste plus noise. Exact Bayes again.
 
     Attributes:
         tastes: what each kind thinks of each item, `[kind, item]`; all kinds are equally frequent.
@@ -307,7 +307,7 @@ class MixedUsers:
         return Ratings(self.tastes[kinds] + self.noise * noise)
 
     def gaussian(self) -> GaussianUsers:
-        """The Gaussian users of the same mean and covariance: the best that any linear prediction can be."""
+        """The Gaussian users with the same mean and covariance: as good as any linear prediction can be."""
         mean = self.tastes.mean(0)
         _, s, v = torch.linalg.svd((self.tastes - mean) / math.sqrt(len(self.tastes)), full_matrices=False)
         return GaussianUsers(mean, v.mT * s, self.noise)
@@ -319,13 +319,13 @@ class MixedUsers:
 class ItemNetwork(nn.Module):
     """Maps item numbers to ratings: `base + user(embedding)`; the last layer, `user`, is what adapts to a user.
 
-    With `kinds`, the layer's weights count after a softmax, as shares of so many kinds of users; an embedding is then
+    With `kinds`, the layer's weights go through a softmax, as shares of that many kinds of users; an embedding is then
     what each kind thinks of the item.
 
     Args:
-        means: of the items, where `base` begins.
+        means: means of the items, from which `base` starts.
         size: numbers in an embedding.
-        kinds: whether these are kinds of users.
+        kinds: whether these numbers stand for kinds of users.
 
     Example:
         >>> network = ItemNetwork(torch.zeros(100), size=8)
@@ -356,7 +356,7 @@ class _Shares(nn.Linear):
 
 
 def half_squares(outputs: Float[Tensor, "n 1"], ratings: Float[Tensor, "n 1"]) -> Float[Tensor, ""]:
-    """Half the sum of squared errors, as the inner loss of users: each rating more moves the user more."""
+    """Half the sum of squared errors, as the inner loss of users: each additional rating moves the user further."""
     return 0.5 * (outputs - ratings).pow(2).sum()
 
 
@@ -388,5 +388,5 @@ def predictor(learner: Any) -> Predictor:
 
 
 def squared_errors(predicted: Table, asked: Table) -> Float[Tensor, " user"]:
-    """The mean squared error of each user over the ratings that are asked for."""
+    """The mean squared error of each user over the ratings to predict."""
     return (predicted - asked).pow(2).nanmean(1)

@@ -21,22 +21,22 @@ Tasks = Float[Tensor, "task number"]
 class World(Protocol):
     """Tasks of one kind, many of which are played side by side: `Bandits` or `Processes`, or one of your own.
 
-    A task is some numbers in a row, `[task, number]`; where one is in it, a tensor `[task, ...]`.
+    A task is a row of numbers, `[task, number]`; a position in it is a tensor `[task, ...]`.
     """
 
     @property
     def n_actions(self) -> int:
-        """Actions there are."""
+        """How many actions there are."""
         ...
 
     @property
     def n_observed(self) -> int:
-        """Numbers one sees before each action."""
+        """How many numbers are seen before each action."""
         ...
 
     @property
     def n_numbers(self) -> int:
-        """Numbers that make a task."""
+        """How many numbers make a task."""
         ...
 
     def draw(self, n: int, generator: torch.Generator) -> Tasks:
@@ -44,11 +44,11 @@ class World(Protocol):
         ...
 
     def begin(self, tasks: Tasks) -> Any:
-        """Where play begins."""
+        """Where play starts."""
         ...
 
     def observed(self, now: Any) -> Float[Tensor, "task observed"]:
-        """What one sees where one is."""
+        """What is seen at the current position."""
         ...
 
     def step(self, tasks: Tasks, now: Any, actions: Tensor, generator: torch.Generator) -> tuple[Any, Tensor, Tensor]:
@@ -60,19 +60,19 @@ class Trials:
     """Tasks of a world, as `train` draws them: the label of a task's only image is its numbers.
 
     Args:
-        world: whose tasks.
+        world: the world of the tasks.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
 
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> TrialSampler:
-        """What draws tasks."""
+        """A sampler of tasks."""
         return TrialSampler(self.world, seed)
 
 
 class TrialSampler(SeededSampler):
-    """Draws tasks and, as images, the numbers that chance comes from."""
+    """Draws tasks and, as images, the numbers that seed all randomness."""
 
     def __init__(self, world: World, seed: int = 0) -> None:
         super().__init__(seed)
@@ -99,17 +99,17 @@ class RL2(Learner):
     """A GRU that is told what it sees, its last action and what that paid, and chooses the next action.
 
     To add up what each action paid in each place, a network must multiply. It is spared that: it is told where it was,
-    once for each action and with zeros but for the one it took, and the same times what that paid.
+    once for each action, with zeros except for the one it took, and the same times what that paid.
 
     It is trained as an actor with a critic: PPO with one pass over each batch, where there is nothing yet to clip. In
-    training the task is known, though never to the actor: the critic sees it, and what an action pays on average stands
-    for what it happened to pay. Neither changes the expectation of the gradient; both make it less noisy.
+    training the task is known, though never to the actor: the critic sees it, and what an action pays on average
+    replaces what it happened to pay. Neither changes the expectation of the gradient; both make it less noisy.
 
     Args:
         world: what it is trained in.
         hidden_size: numbers in its state.
         horizon: steps of a task in training.
-        trace: how far the surprise of a step is put down to the actions before it, of generalised advantages.
+        trace: how far the surprise of a step is attributed to the actions before it, in generalised advantages.
         entropy: weight of a bonus for undecided choices.
 
     Reference:
@@ -145,7 +145,7 @@ class RL2(Learner):
         known = tasks[:, None].expand(-1, states.shape[1], -1)
         log_chances, worth = self.actor(states).log_softmax(-1), self.critic(torch.cat([states, known], -1))[..., 0]
         left = torch.arange(states.shape[1], 0, -1)
-        values = (left * worth).detach()  # the critic says what a step will pay, of those that are left
+        values = (left * worth).detach()  # the critic predicts what each of the steps left will pay
         later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], dim=1)
         surprise = played.expected + later - values
         sums = [surprise[:, -1]]
@@ -159,7 +159,7 @@ class RL2(Learner):
         return -(better * chosen).mean() + 0.5 * critic - self.entropy * undecided
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query action"]:
-        """How often each action is taken, a step."""
+        """How often each action is taken, per step."""
         played = self.play(episode.query_labels[:, 0], episode.chance())
         shares = F.one_hot(played.actions, self.world.n_actions).float().mean(1, keepdim=True)
         return shares.expand(-1, episode.query_images.shape[1], -1)

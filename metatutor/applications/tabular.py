@@ -1,7 +1,7 @@
-"""Markov decision processes with a handful of states: random ones, how good one can be, and who learns them by trying.
+"""Markov decision processes with a handful of states: random ones, how well one can do, and who learns them by trying.
 
-Many are played side by side: every array begins with `[task]`. One is given by numbers in a row: what each action
-pays in each state on average, `[state, action]`, and where it leads how often, `[state, action, next state]`.
+Many are played side by side: every array begins with `[task]`. Each is given by a row of numbers: what each action pays
+in each state on average, `[state, action]`, and where it leads how often, `[state, action, next state]`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Processes:
 
     @property
     def n_observed(self) -> int:
-        """Numbers that one sees: the state, one-hot."""
+        """How many numbers are seen: the state, one-hot."""
         return self.n_states
 
     @property
@@ -56,7 +56,7 @@ class Processes:
         return self.n_states * self.n_actions * (1 + self.n_states)
 
     def draw(self, n: int, generator: torch.Generator) -> Float[Tensor, "task number"]:
-        """New processes, the numbers of each in a row."""
+        """New processes, each a row of numbers."""
         check_positive(n=n)
         means = 1 + torch.randn(n, self.n_states, self.n_actions, generator=generator)
         leads = torch.empty(n, self.n_states, self.n_actions, self.n_states).exponential_(generator=generator)
@@ -67,7 +67,7 @@ class Processes:
         """Mean payments and transitions.
 
         Raises:
-            ValueError: if there are not as many numbers as processes of this size have.
+            ValueError: if there are not as many numbers as processes of this size need.
         """
         sizes = [self.n_states * self.n_actions, self.n_states * self.n_actions * self.n_states]
         if tasks.dim() != 2 or tasks.shape[1] != sum(sizes):
@@ -77,11 +77,11 @@ class Processes:
         return means.view(shape), leads.view(*shape, self.n_states)
 
     def begin(self, tasks: Float[Tensor, "task number"]) -> Int64[Tensor, "task 2"]:
-        """Where play begins: state 0, no step taken."""
+        """Where play starts: state 0, no step taken."""
         return torch.zeros(len(tasks), 2, dtype=torch.long)
 
     def observed(self, now: Int64[Tensor, "task 2"]) -> Float[Tensor, "task state"]:
-        """What one sees of where one is."""
+        """What is seen of the current position."""
         return torch.nn.functional.one_hot(now[:, 0], self.n_states).float()
 
     def step(
@@ -125,25 +125,25 @@ Belief = Callable[[Transitions, Means, torch.Generator], tuple[Means, Transition
 
 
 def posterior_sampling(counts: Transitions, sums: Means, generator: torch.Generator) -> tuple[Means, Transitions]:
-    """A process that might be the true one: a draw from what is still possible, given how often what was seen.
+    """A process that might be the true one: a draw from what is still possible, given how often each thing was seen.
 
     Args:
         counts: how often each action led where.
         sums: what it paid, added up.
-        generator: chance.
+        generator: the source of randomness.
 
     Reference:
         Strens (2000), A Bayesian framework for reinforcement learning; Osband, Russo & Van Roy (2013), algorithm 1.
     """
     n = counts.sum(-1)
-    mean, spread = (1 + sums) / (1 + n), (1 + n).rsqrt()  # beforehand Gaussian around 1, of variance 1
+    mean, spread = (1 + sums) / (1 + n), (1 + n).rsqrt()  # a priori Gaussian around 1, with variance 1
     drawn = mean + spread * torch.randn(mean.shape, generator=generator)
     leads = torch._standard_gamma(1 + counts, generator=generator)  # pyright: ignore[reportPrivateImportUsage]
     return drawn, leads / leads.sum(-1, keepdim=True)
 
 
 def likeliest(counts: Transitions, sums: Means, generator: torch.Generator) -> tuple[Means, Transitions]:
-    """The process that is to be expected: who plans for it never tries anything for the sake of knowing."""
+    """The expected process: whoever plans for it never tries anything just to find out."""
     n = counts.sum(-1)
     return (1 + sums) / (1 + n), (1 + counts) / (1 + counts).sum(-1, keepdim=True)
 
@@ -151,14 +151,14 @@ def likeliest(counts: Transitions, sums: Means, generator: torch.Generator) -> t
 def play_rounds(
     processes: Processes, tasks: Float[Tensor, "task number"], believed: Belief, n_rounds: int, *, seed: int = 0
 ) -> Float[Tensor, "task round"]:
-    """What each round pays to one who makes a plan for it, from what was seen in the rounds before.
+    """What each round pays to a player who plans it from what was seen in earlier rounds.
 
     Args:
         processes: what kind.
         tasks: their numbers.
         believed: maps counts and sums of payments to a process that is then planned for.
         n_rounds: rounds.
-        seed: of plans and processes.
+        seed: seed of plans and processes.
     """
     generator = torch.Generator().manual_seed(seed)
     means, leads = processes.parts(tasks)

@@ -1,4 +1,4 @@
-"""Trust regions: as long a step as changes a policy by no more than so much, whatever its parameters mean."""
+"""Trust regions: the longest step that changes a policy by no more than a limit, whatever its parameters mean."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ def trust_region_step(
     """Change parameters in place such that the objective rises and the divergence stays within the radius.
 
     With `g` the gradient of the objective and `H` the Hessian of the divergence, both where the parameters are, the
-    step is `sqrt(2 radius / gᵀ H⁻¹ g) H⁻¹ g`: the longest up the objective for a divergence that is quadratic. It is
-    halved until what it promises for the true functions holds; if it never does, nothing changes.
+    step is `sqrt(2 radius / gᵀ H⁻¹ g) H⁻¹ g`: the longest uphill for a divergence that is quadratic. It is halved until
+    the true functions keep its promise; if they never do, nothing changes.
 
     Args:
         parameters: what to change.
         objective: a scalar to be made larger, as a function of the parameters.
-        divergence: a scalar that is zero, and least, where the parameters are: from the policy there to that of now.
-        radius: the greatest divergence.
-        cg_steps: of the conjugate gradient method, which solves `H x = g` without ever making `H`.
+        divergence: a scalar that is zero, its minimum, where the parameters are: from the policy there to the current
+            one.
+        radius: the largest divergence allowed.
+        cg_steps: steps of the conjugate gradient method, which solves `H x = g` without ever making `H`.
         damping: added to `H`'s diagonal.
-        halvings: how often the step is halved at most.
+        halvings: how often the step is halved, at most.
 
     Returns:
         How much the objective rose; 0 if nothing changed.

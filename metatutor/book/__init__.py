@@ -1,1 +1,1 @@
-"""What the chapters need and no researcher does: figures, exercises, and where their characters come from."""
+"""What the chapters need and researchers do not: figures, exercises, and where their characters come from."""

@@ -1,7 +1,7 @@
 """What a chapter asks of its reader: a game to play, and friendly checks of answers.
 
 A check never raises: it says what it thinks of an answer, and counts as true only if the answer is right. So an
-exercise that nobody has done yet runs, and a solution can be asserted.
+exercise that has not been done yet still runs, and a solution can be asserted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Verdict:
     """What a check thinks of an answer.
 
     Args:
-        right: whether the answer is right; the verdict is as true as that.
+        right: whether the answer is right; the verdict is true if it is.
         why: one sentence for the reader.
 
     Example:
@@ -56,7 +56,7 @@ _NOTHING_YET = "No answer yet: replace the dots and run the cell again."
 
 
 def check_task_count(answer: object, n_classes: int, n_way: int) -> Verdict:
-    """Judge a number of sets of `n_way` classes that can be drawn from `n_classes`.
+    """Judge the number of sets of `n_way` classes that can be drawn from `n_classes`.
 
     Args:
         answer: the reader's number.
@@ -80,7 +80,7 @@ def check_task_count(answer: object, n_classes: int, n_way: int) -> Verdict:
 
 
 def check_overlap(answer: object, accuracy: float, n_drawings: int) -> Verdict:
-    """Judge the accuracy that nearest pixels seems to reach at one shot if support and query are drawn independently.
+    """Judge the accuracy that nearest pixels seems to reach with one shot if support and query are drawn independently.
 
     Args:
         answer: the reader's accuracy, 0–1.
@@ -88,7 +88,7 @@ def check_overlap(answer: object, accuracy: float, n_drawings: int) -> Verdict:
         n_drawings: drawings of each class.
 
     Returns:
-        A verdict; half a thousandth away is right.
+        A verdict; within half a thousandth is right.
 
     Example:
         >>> check_overlap(0.525, accuracy=0.5, n_drawings=20)
@@ -96,8 +96,8 @@ def check_overlap(answer: object, accuracy: float, n_drawings: int) -> Verdict:
     """
     mistakes = {
         accuracy + 1 / n_drawings: "counts every query image that is a support image as a gain, but some of them would "
-        "have been answered rightly anyway.",
-        accuracy: "is the honest accuracy; a query image that is also in the support set is always answered rightly.",
+        "have been answered correctly anyway.",
+        accuracy: "is the honest accuracy; a query image that is also in the support set is always answered correctly.",
     }
     return _number(answer, accuracy + (1 - accuracy) / n_drawings, mistakes, within=5e-4)
 
@@ -107,7 +107,7 @@ def check_episodes_needed(answer: object, accuracies: Float[Tensor, " task"], ha
 
     Args:
         answer: the reader's number of tasks.
-        accuracies: one a task, 0–1, to estimate the standard deviation from.
+        accuracies: one per task, 0–1, to estimate the standard deviation from.
         half_width: half the width of the interval, 0–1.
 
     Returns:
@@ -119,13 +119,13 @@ def check_episodes_needed(answer: object, accuracies: Float[Tensor, " task"], ha
     """
     deviation = accuracies.std(correction=1).item()
     mistakes: dict[float, str] = {
-        ceil(1.96 * deviation / half_width): "is without the square: the interval shrinks with the root of n.",
+        ceil(1.96 * deviation / half_width): "lacks the square: the interval shrinks with the square root of n.",
         ceil((deviation / half_width) ** 2): "leaves the 1.96 out.",
         ceil((1.96 * deviation / (2 * half_width)) ** 2): "gives an interval that is twice as wide.",
         ceil((1.96 * deviation / (half_width / 2)) ** 2): "gives an interval that is half as wide.",
     }
     needed = (1.96 * deviation / half_width) ** 2
-    too = ("is too small: with so few tasks the interval is wider than asked.", "would do, but fewer tasks do too.")
+    too = ("is too small: with so few tasks the interval is wider than asked.", "is enough, but so are fewer tasks.")
     return _number(answer, needed, mistakes, within=1, too=too)
 
 
@@ -141,7 +141,7 @@ def check_prototype_probability(
         query: embedding of the query image.
 
     Returns:
-        A verdict; a millionth away is right.
+        A verdict; within a millionth is right.
 
     Example:
         >>> check_prototype_probability(0.5, torch.tensor([1.0, 4.0]), torch.tensor([0, 1]), query=2.0)
@@ -166,7 +166,7 @@ def check_meta_gradient_factor(answer: object, inner_lr: float, inner_steps: int
         inner_steps: how many.
 
     Returns:
-        A verdict; a thousandth away is right.
+        A verdict; within a thousandth is right.
 
     Example:
         >>> check_meta_gradient_factor(0.0625, inner_lr=0.5, inner_steps=2)
@@ -174,7 +174,7 @@ def check_meta_gradient_factor(answer: object, inner_lr: float, inner_steps: int
     """
     left = (1 - inner_lr) ** inner_steps
     mistakes = {
-        left: "is first-order MAML's: it forgets that the steps pass on only a part of any change at the beginning.",
+        left: "is first-order MAML's: it forgets that the steps pass on only a part of any change at the start.",
         1 - left: "is Reptile's: how far the steps lead.",
     }
     return _number(answer, left**2, mistakes, within=1e-3)
@@ -202,7 +202,7 @@ def check_strong_spring(answer: object) -> Verdict:
 
 
 def check_kept_numbers(answer: object, n_classes: int, k_shot: int, embedding_size: int) -> Verdict:
-    """Judge how many numbers must be kept of the support images: with prototypes, and with Matching Networks.
+    """Judge how many numbers must be kept from the support images: with prototypes, and with Matching Networks.
 
     Args:
         answer: the reader's pair of numbers.
@@ -220,7 +220,7 @@ def check_kept_numbers(answer: object, n_classes: int, k_shot: int, embedding_si
     if not isinstance(answer, tuple) or len(answer) != 2:
         return Verdict(False, "The answer should be two numbers.")
     one_each, all_kept = n_classes * embedding_size, n_classes * k_shot * embedding_size
-    averaged: dict[float, str] = {all_kept: "keeps every image, but only the mean of a class is asked for later."}
+    averaged: dict[float, str] = {all_kept: "keeps every image, but only the mean of a class is needed later."}
     voted: dict[float, str] = {one_each: "keeps one vector a class, but every support image votes."}
     for name, part, right, mistakes in (
         ("Prototypes", answer[0], one_each, averaged),
@@ -233,7 +233,7 @@ def check_kept_numbers(answer: object, n_classes: int, k_shot: int, embedding_si
 
 
 def check_mode(answer: object, learner: Learner, task: Episode) -> Verdict:
-    """Judge whether a learner is `"inductive"` or `"transductive"`, by asking it one query image alone.
+    """Judge whether a learner is `"inductive"` or `"transductive"`, by giving it one query image alone.
 
     Args:
         answer: the reader's word.
@@ -287,7 +287,7 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
 
     Args:
         answer: the reader's; `...` while there is none.
-        right: what must hold of it; None if the answer is a function that returns nothing yet.
+        right: what must hold for it; None if the answer is a function that returns nothing yet.
 
     Returns:
         A verdict that gives nothing away; if the condition cannot even be tried on the answer, it names the error.
@@ -315,7 +315,7 @@ def check(answer: Any, right: Callable[[Any], object]) -> Verdict:
 
 
 def check_episode(episode: object, classes: ClassImages, spec: EpisodeSpec) -> Verdict:
-    """Judge whether a task is of that shape, drawn from those classes, with no image in both support and query.
+    """Judge whether a task has this shape, drawn from these classes, with no image in both support and query.
 
     Args:
         episode: what the reader's sampler drew.
@@ -377,11 +377,11 @@ def _wrong(task: Episode, find: Callable[[Tensor], tuple[int, int] | None], spec
     if both := set(found["support"]) & set(found["query"]):
         return f"query image {min(found['query'].index(place) for place in both)} is in the support set too"
     twice = any(len(set(places)) < len(places) for places in found.values())
-    return "an image is there twice" if twice else ""
+    return "an image appears twice" if twice else ""
 
 
 def _finder(classes: ClassImages) -> Callable[[Tensor], tuple[int, int] | None]:
-    """Tells class and drawing of an image, or None if it is none of the classes'."""
+    """Finds the class and drawing of an image; None if it belongs to none of the classes."""
     n_drawings = classes.images.shape[1]
     pixels = classes.images.cpu().flatten(0, 1).numpy()
     places = {image.tobytes(): divmod(i, n_drawings) for i, image in enumerate(pixels)}
@@ -404,7 +404,7 @@ def game(episode: Episode, guesses: Int64[Tensor, "task query"], *, rival: str, 
     """Make a game: which of the support images is the query image; the score is kept against a rival and guessing.
 
     Args:
-        episode: a round a task, with one query image of it; 1-shot.
+        episode: one round per task, with one query image of it; 1-shot.
         guesses: the rival's labels of the query images.
         rival: its name.
         seed: which query image of each task.

@@ -1,4 +1,4 @@
-"""How a chapter begins: with which characters, and how much it computes itself."""
+"""How a chapter starts: with which characters, and how much it computes itself."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _unpacked: list[TemporaryDirectory[str]] = []  # gone when Python ends
 
 
 def load_characters(root: Path | str | None = None, *, rotations: bool = True) -> tuple[str, Splits]:
-    """Omniglot where it is at hand or can be downloaded, else Strokes; a printed line says which, and why.
+    """Omniglot if it is available or can be downloaded, else Strokes; a printed line says which, and why.
 
-    This is what the chapters draw their tasks from. Omniglot comes in the split `random-0`, the one of the recorded
-    runs, so that their meta-test classes are meta-test classes here. Only a failed download leads to Strokes: data that
-    somebody named and that are not there, or are damaged, remain an error.
+    This is what the chapters draw their tasks from. Omniglot comes in the split `random-0`, that of the recorded runs,
+    so that their meta-test classes are meta-test classes here. Only a failed download leads to Strokes: data that
+    somebody named and that are missing or damaged remain an error.
 
     Args:
-        root: where Omniglot lies (see `Omniglot.load`).
-        rotations: whether turned characters are classes of their own.
+        root: the folder with Omniglot (see `Omniglot.load`).
+        rotations: whether rotated characters are classes of their own.
 
     Returns:
         `"Omniglot"` or `"Strokes"`, for titles and captions, and the splits.
 
     Raises:
-        ValueError: if the place that `root` or METATUTOR_DATA names does not hold Omniglot, or not whole.
+        ValueError: if the place that `root` or METATUTOR_DATA names does not hold Omniglot, or only a part of it.
 
     Reference:
         Lake, Salakhutdinov and Tenenbaum (2015); the split: Finn, Abbeel and Levine (2017), section 5.2.
@@ -36,7 +36,7 @@ def load_characters(root: Path | str | None = None, *, rotations: bool = True) -
     try:
         characters, name, why = Omniglot.load(root), "Omniglot", ""
     except DownloadError as error:
-        characters, name, why = Strokes.load(), "Strokes", f"\nOmniglot is not at hand ({error})."
+        characters, name, why = Strokes.load(), "Strokes", f"\nOmniglot is not available ({error})."
     splits = characters.split(rotations=rotations)
     n, drawings = characters.images.shape[:2]
     print(f"{name}: {n} characters, {drawings} drawings of each; split {splits.id}.{why}")
@@ -44,7 +44,7 @@ def load_characters(root: Path | str | None = None, *, rotations: bool = True) -
 
 
 def sample_pictures(name: Literal["grocery", "bloodcells"]) -> Path:
-    """A folder, until Python ends, of pictures that come with the package, their licence and where they are from.
+    """A folder, which lasts until Python ends, of pictures that come with the package, their licence and their sources.
 
     `grocery`: eight kinds of fruit, ten photos of each to learn from (`support/`) and ten to name (`query/`), and ten
     photos of each of four other things (`other/`). `bloodcells`: sixty pictures of each of three kinds of cells.

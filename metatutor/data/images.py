@@ -15,11 +15,11 @@ from metatutor.episodes import ClassImages, Episode
 
 
 def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages:
-    """Classes of images, each with as many as there are.
+    """Classes of images, not necessarily equally many in each.
 
     Args:
         images: see `pixels`.
-        labels: one an image, of any kind; the classes are named after them.
+        labels: one per image, of any kind; the classes are named after them.
 
     Example:
         >>> classes = from_arrays(torch.zeros(3, 28, 28), ["b", "a", "b"])
@@ -36,12 +36,12 @@ def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages
 
 
 def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 28, channels: int = 1) -> ClassImages:
-    """Classes of any dataset of `(image, label)` pairs, such as those of torchvision.
+    """Classes from any dataset of `(image, label)` pairs, such as those of torchvision.
 
     Args:
         dataset: its images are PIL images, tensors `[channel, height, width]` or arrays `[height, width]`.
         image_size: height and width in pixels that they are resized to.
-        channels: 1 for greys, 3 for colours.
+        channels: 1 for grey levels, 3 for colours.
     """
     pairs = [(_resized(image, image_size, channels), label) for image, label in dataset]
     if not pairs:
@@ -50,9 +50,9 @@ def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 2
 
 
 def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) -> ClassImages:
-    """Classes of image files, each sub-folder of `folder` a class named after it; resized as in `from_dataset`.
+    """Classes from image files: each sub-folder of `folder` is a class named after it; resized as in `from_dataset`.
 
-    Any file that Pillow opens will do (see `decoded`); a ValueError names the first that it does not.
+    Any file that Pillow can open will do (see `decoded`); a ValueError names the first that it cannot.
     """
     files = [(path, name) for path, name in PictureFiles.of(folder).files if name is not None and path.is_file()]
     if not files:
@@ -79,7 +79,7 @@ def _resized(image: Any, size: int, channels: int) -> Tensor:
 def task_of(
     support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
 ) -> tuple[Episode, list[Hashable]]:
-    """One task of labelled images (see `pixels`) and images to name; and the label that each number stands for."""
+    """One task of labelled images (see `pixels`) and images to classify; and the label that each number stands for."""
     support, query = pixels(support_images, "support_images"), pixels(query_images, "query_images")
     labels, names = _numbered(support_labels, len(support), "support images")
     return Episode(support[None], labels[None], query[None], n_way=len(names)), names
@@ -89,7 +89,7 @@ def _numbered(labels: Any, n_images: int, of: str) -> tuple[Tensor, list[Hashabl
     """Labels of any kind as numbers, and the label that each number stands for."""
     given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
     if len(given) != n_images:
-        raise ValueError(f"{n_images} {of} but {len(given)} labels; give one label an image")
+        raise ValueError(f"{n_images} {of} but {len(given)} labels; give one label per image")
     names = list(dict.fromkeys(given))
     return torch.tensor([names.index(label) for label in given]), names
 
@@ -98,10 +98,10 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
     """Images as floats from 0 (paper) to 1 (ink), `[image, channel, height, width]`.
 
     Args:
-        images: a tensor, an array or a sequence of them, `[image, channel, height, width]` or, of one channel,
+        images: a tensor, an array or a sequence of them, `[image, channel, height, width]` or, with one channel,
             `[image, height, width]`; integers from 0 to 255 or floats from 0 to 1.
         name: what to call them in an error.
-        strokes: whether dark strokes on white paper are an error, as they are to a network that knows ink as 1.
+        strokes: whether dark strokes on white paper are an error, as they are for a network that expects ink to be 1.
     """
     tensor = _stacked(images, name)
     if tensor.dim() == 3:
@@ -111,7 +111,7 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
             f"{name} must be [image, channel, height, width] or [image, height, width], got {list(tensor.shape)}"
         )
     if tensor.shape[-1] in (1, 3, 4) and tensor.shape[1] not in (1, 3, 4):
-        raise ValueError(f"{name} come channels last, {list(tensor.shape)}; give images.movedim(-1, 1)")
+        raise ValueError(f"{name} are channels-last, {list(tensor.shape)}; give images.movedim(-1, 1)")
     if tensor.is_complex() or (tensor.is_floating_point() and not bool(tensor.isfinite().all())):
         raise ValueError(f"{name} must be finite real numbers, from 0 (paper) to 1 (ink)")
     low, high = tensor.min().item(), tensor.max().item()

@@ -49,11 +49,11 @@ _PARTS = (  # a folder is a character
 # Two folders a run: 20 drawings to learn from, 20 to recognise.
 _RUNS = _Part("all_runs", 40, "b7cfef7670164bbe6bf582d0345164b92a2aff4e7e6ce86f555ef9854509f4dc")
 _OFFICIAL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"  # the address torchvision has too
-_DRAWINGS = 20  # of each character, each by another person
+_DRAWINGS = 20  # of each character, each by a different person
 _TRAIN, _VALIDATION, _VALIDATION_ALPHABETS = 1100, 100, 5
 # Alphabets of the split of Vinyals et al. (2016) that later papers choose their settings on.
 _VINYALS_VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
-_CACHE_FORMAT = "v2"  # changes when decoding does, or what is kept of it
+_CACHE_FORMAT = "v2"  # changes when decoding does, or what is kept from it
 _ZIP_BYTES = 32_000_000  # at most; the largest one published has 9,464,212
 
 
@@ -125,7 +125,7 @@ def _locate(root: Path | str | None, part: _Part, download: bool) -> Path:
 
 
 def _kind(path: Path) -> str:
-    """The name of what lies in a folder, and what it is if not a file."""
+    """The name of what is in a folder, and what it is if not a file."""
     return path.name + ("" if path.is_file() else "/" if path.is_dir() else " (no regular file)")
 
 
@@ -149,7 +149,7 @@ def _fetch(folder: Path, part: _Part) -> Path:
             except RequestException as error:
                 status = error.response is not None and f"HTTP {error.response.status_code}"
                 failures.append(f"{url} ({status or type(error).__name__})")
-            except ValueError as error:  # damage, or an address that is none
+            except ValueError as error:  # damage, or not an address
                 failures.append(f"{url} ({error})")
         message = (
             f"cannot download {part.name}: tried {', '.join(failures)}; set METATUTOR_DATA to a folder that holds "
@@ -173,7 +173,7 @@ def _bitmap(read: Callable[[str], bytes], name: str) -> Bool[np.ndarray, "105 10
 
 
 def _bitmaps(source: Path, part: _Part) -> Iterator[tuple[str, Bool[np.ndarray, "105 105"]]]:
-    """Every drawing with its path, in order; raises at the latest after the last one if they are not the published."""
+    """Every drawing with its path, in order; raises, at the latest at the end, if they are not the published ones."""
     digest = hashlib.sha256()
     with members(source, source.parent if part.inside else source) as (files, read):
         names = [name for name in files if name.startswith(part.inside) and name.endswith(".png") and "/." not in name]
@@ -202,7 +202,7 @@ def _check(source: Path, part: _Part) -> None:
 
 
 def _labels(source: Path) -> Int64[Tensor, "20 20"]:
-    """Of each of Lake's runs, which support image each query image matches."""
+    """For each of Lake's runs, which support image each query image matches."""
     labels = []
     with members(source, source) as (_, read):
         for run in (f"run{i:02}" for i in range(1, 21)):
@@ -225,7 +225,7 @@ def _check_size(image_size: int) -> None:
 
 
 def _ink(bitmap: Bool[np.ndarray, "105 105"], image_size: int) -> UInt8[np.ndarray, "size size"]:
-    """Ink 255, paper 0; in greys, because a 1-bit image would be resized by its nearest pixels."""
+    """Ink 255, paper 0; in grey levels, because a 1-bit image would be resized by nearest pixels."""
     from PIL import Image
 
     grey = Image.fromarray(bitmap).convert("L").resize((image_size, image_size), Image.Resampling.LANCZOS)
@@ -261,7 +261,7 @@ def _cache_file(sources: Mapping[_Part, Path], image_size: int) -> Path:
 
 
 def _read_cache(path: Path) -> tuple[Tensor, tuple[str, ...]] | None:
-    """The images kept and their names; None if there are none, or not what was written: they are then decoded again."""
+    """The cached images and their names; None if there are none, or not as written: they are then decoded again."""
     with suppress(Exception), np.load(path, allow_pickle=False) as kept:  # a zip, which has checksums
         return torch.from_numpy(kept["images"]), tuple(kept["names"].tolist())
 
@@ -276,7 +276,7 @@ Source = TypeVar("Source")  # what tasks are drawn from
 class Splits(Generic[Source]):
     """The classes for meta-training, meta-validation and meta-test, in this order when iterated.
 
-    No character, turned or not, is in two of them: Ravi and Larochelle (2017), section 2.
+    No character, rotated or not, is in two of them: Ravi and Larochelle (2017), section 2.
 
     Args:
         train, validation, test: classes to meta-train on, to choose settings by, and to report accuracy on.
@@ -305,7 +305,7 @@ class Alphabets:
         return tuple(dict.fromkeys(name.partition("/")[0] for name in self.names))
 
     def _numbers(self) -> Int64[Tensor, " character"]:
-        """Of each character, the number of its alphabet."""
+        """For each character, the number of its alphabet."""
         number = {name: i for i, name in enumerate(self.alphabets)}
         return torch.tensor([number[name.partition("/")[0]] for name in self.names])
 
@@ -325,8 +325,8 @@ class Omniglot(Alphabets):
 
     Args:
         images: `[character, drawing, channel, height, width]`, uint8.
-        names: one a character, such as `Greek/character03`; sorted within background and evaluation.
-        n_background: how many characters, the first ones, are of the background alphabets.
+        names: one per character, such as `Greek/character03`; sorted within background and evaluation.
+        n_background: how many characters, the first ones, are from the background alphabets.
 
     Example:
         >>> names = tuple(f"alphabet{i // 35}/character{i % 35}" for i in range(1623))
@@ -351,10 +351,10 @@ class Omniglot(Alphabets):
         image_size: int = 28,
         parts: Sequence[_Part] = _PARTS,
     ) -> Omniglot:
-        """Read Omniglot from `root`, else METATUTOR_DATA, else the user's cache folder, where it is downloaded to.
+        """Read Omniglot from `root`, else METATUTOR_DATA, else the user's cache folder, into which it is downloaded.
 
         The first time, every drawing is compared with the published ones and resized with antialiasing; the result is
-        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays as it is.
+        kept in the cache folder (METATUTOR_CACHE names another one) for as long as the source stays unchanged.
 
         Args:
             root: a folder with the two official zips or the folders they unpack to, directly or in `omniglot-py`.
@@ -363,7 +363,7 @@ class Omniglot(Alphabets):
             parts: the archives expected.
 
         Raises:
-            ValueError: if the data are not there, not whole or not Omniglot, or the cache cannot be written.
+            ValueError: if the data are missing, incomplete or not Omniglot, or the cache cannot be written.
             DownloadError: if no source gives an intact copy.
         """
         _check_size(image_size)
@@ -378,20 +378,20 @@ class Omniglot(Alphabets):
         return cls(images, names, parts[0].folders)
 
     def split(self, protocol: str = "random", *, seed: int = 0, rotations: bool = True) -> Splits:
-        """Part the characters into meta-training, meta-validation and meta-test classes.
+        """Divide the characters into meta-training, meta-validation and meta-test classes.
 
         `random` shuffles all characters: 1,100 / 100 / 423, as in the MAML paper (Finn et al., 2017, section 5.2).
         `lake` keeps alphabets whole: the 659 evaluation characters are for meta-test, five background alphabets chosen
         by `seed` for meta-validation. `vinyals` is the split of Matching and Prototypical Networks (Vinyals et al.,
-        2016; Snell et al., 2017): the first 1,200 characters, less five alphabets for meta-validation, and the last 423
-        for meta-test, all but four of them of alphabets that were never seen; it has no seed: 1,028 / 172 / 423. The
-        split's id is `random-0` for example, `random-0-upright` without rotations, or `vinyals`.
+        2016; Snell et al., 2017): the first 1,200 characters, minus five alphabets for meta-validation, and the last
+        423 for meta-test, all but four of them from alphabets that were never seen; it has no seed: 1,028 / 172 / 423.
+        The split's id is `random-0` for example, `random-0-upright` without rotations, or `vinyals`.
 
         Args:
             protocol: `random`, `lake` or `vinyals`.
-            seed: another seed, another split; `vinyals` takes no notice of it.
-            rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split,
-                in all three splits, as in the MAML code.
+            seed: another seed gives another split; `vinyals` ignores it.
+            rotations: whether each character rotated by 90, 180 and 270 degrees counts as three more classes of its
+                split, in all three splits, as in the MAML code.
 
         Raises:
             ValueError: if the protocol is unknown, or there are too few characters for it.
@@ -497,7 +497,7 @@ def _intact(source: Path, part: _Part) -> Path:
 
 
 def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -> Verification:
-    """Compare every drawing of a copy with the published ones, also of Lake's one-shot runs if they are there."""
+    """Compare every drawing of a copy with the published ones, including Lake's one-shot runs if they are there."""
     sources = [_intact(_locate(root, part, download=False), part) for part in parts]
     if runs := _find(_folder(root)[0], _RUNS):
         sources.append(_intact(runs, _RUNS))
@@ -505,12 +505,12 @@ def verify(root: Path | str | None = None, *, parts: Sequence[_Part] = _PARTS) -
 
 
 def info(root: Path | str | None = None, *, image_size: int = 28, parts: Sequence[_Part] = _PARTS) -> Info:
-    """Count what is in `root`, else METATUTOR_DATA, else the cache folder, and tell where the pixels are."""
+    """Count what is in `root`, else METATUTOR_DATA, else the cache folder, and report where the pixels are."""
     omniglot = Omniglot.load(root, download=False, image_size=image_size, parts=parts)
     sources = {part: _locate(root, part, download=False) for part in parts}
     cache = _cache_file(sources, image_size)
     counts = len(omniglot.alphabets), len(omniglot.names), len(omniglot.names) * _DRAWINGS
     if runs := _find(_folder(root)[0], _RUNS):
-        _intact(runs, _RUNS)  # damaged ones are not passed over
+        _intact(runs, _RUNS)  # damaged ones are not ignored
     with _reading(cache):
         return Info(*counts, tuple(sources.values()), cache, cache.stat().st_size)

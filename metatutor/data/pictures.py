@@ -1,4 +1,4 @@
-"""Picture files as they lie on people's disks: what can be read is read, and of the rest is said why not."""
+"""Picture files as found on people's disks: what can be read is read, and for the rest it is said why not."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Picture:
     """A picture and where it comes from.
 
     Attributes:
-        path: of its file.
-        name: of its class; None: not known.
+        path: path of its file.
+        name: name of its class; None: unknown.
         image: its first frame, upright, `"RGB"` or `"L"`.
-        digest: of the bytes of its file: equal files have equal ones.
+        digest: digest of the bytes of its file: equal files have equal ones.
     """
 
     path: Path
@@ -48,11 +48,11 @@ class PictureFiles:
     """The files of a folder of class folders, of a flat folder or of one picture; iterating reads them one by one.
 
     Attributes:
-        files: their paths and the classes they belong to (None: not known), sorted.
-        names: of the class folders, sorted; also of those that hold no picture.
+        files: their paths and the classes they belong to (None: unknown), sorted.
+        names: names of the class folders, sorted, including those without a picture.
         skipped: what is left out and why; iterating adds to it.
-        at_least: pixels that suffice for the sides of a picture: larger ones are read smaller.
-        digests: of the files that were read: the paths of each content.
+        at_least: pixels that are enough for the sides of a picture: larger ones are read at a smaller size.
+        digests: for the digest of each file that was read, the paths with this content.
 
     Example:
         >>> import tempfile
@@ -75,10 +75,10 @@ class PictureFiles:
 
     @classmethod
     def of(cls, source: Path | str, *, at_least: int | None = None) -> PictureFiles:
-        """List a folder of class folders, a flat folder or one file, without reading any; hidden files do not count.
+        """List a folder of class folders, a flat folder or one file, without reading any; hidden files are ignored.
 
         Raises:
-            ValueError: if there is nothing of that name, or more than 100,000 files; an OSError if it cannot be read.
+            ValueError: if there is nothing by that name, or more than 100,000 files; an OSError if it cannot be read.
         """
         source = expanded(source, "the path")
         if not source.is_dir():
@@ -95,7 +95,7 @@ class PictureFiles:
                 files += [(path, folder.name) for path in _entries(folder)]
             except OSError as error:
                 skipped[folder] = error.strerror or str(error)
-        skipped |= {path: "it lies beside the folders of the classes, not in one" for path, _ in flat}
+        skipped |= {path: "it is beside the class folders, not in one" for path, _ in flat}
         if len(files) > _MOST_FILES:
             raise ValueError(f"{source} holds more than {_MOST_FILES:,} files; give a part of them")
         return cls(files, [folder.name for folder in folders], skipped, at_least)
@@ -120,7 +120,7 @@ class PictureFiles:
             yield Picture(path, name, image, digest)
 
     def in_two_classes(self) -> list[list[Path]]:
-        """The files, of those read so far, whose content lies in more than one class."""
+        """The files, of those read so far, whose content appears in more than one class."""
         return [[p for p, _ in same] for same in self.digests.values() if len({name for _, name in same}) > 1]
 
 
@@ -136,7 +136,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a file that may be a picture; a ValueError says why it is none."""
+    """The bytes of a file that may be a picture; a ValueError says why it is not."""
     try:
         if not path.is_file():  # a pipe would be waited for, a device read for ever
             path.stat()
@@ -151,7 +151,8 @@ def file_bytes(path: Path) -> bytes:
 def decoded(data: bytes, at_least: int | None = None) -> Image.Image:
     """The first frame of a picture's bytes, upright, as `"RGB"` or `"L"`; see `upright`.
 
-    It may be read smaller, with sides of `at_least` so many pixels: a JPEG is quickly, and many fit into memory.
+    It may be read at a smaller size, with sides of at least `at_least` pixels: a JPEG is read faster, and many fit into
+    memory.
 
     Raises:
         ValueError: if Pillow cannot read them to the end, or there are more than 100 million pixels.
@@ -162,7 +163,7 @@ def decoded(data: bytes, at_least: int | None = None) -> Image.Image:
     formats = [name for name in Image.OPEN if name not in _PROGRAMS]
     try:
         with warnings.catch_warnings(), decoding("damaged"):
-            warnings.simplefilter("ignore")  # of metadata that nobody reads, and of sizes that are checked here
+            warnings.simplefilter("ignore")  # about metadata that nobody reads, and sizes that are checked here
             with Image.open(io.BytesIO(data), formats=formats) as image:
                 if image.width * image.height > _MOST_PIXELS:
                     raise Image.DecompressionBombError
@@ -179,7 +180,7 @@ def decoded(data: bytes, at_least: int | None = None) -> Image.Image:
 
 
 def _smaller(image: Image.Image, at_least: int) -> Image.Image:
-    """With a shorter side of at most so many pixels; the longer one is pressed into eight times as many."""
+    """With a shorter side of at most `at_least` pixels; the longer one is squeezed into eight times as many."""
     from PIL import Image
 
     scale = min(1.0, at_least / min(image.size))
@@ -190,7 +191,7 @@ def _smaller(image: Image.Image, at_least: int) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Any PIL image as `"RGB"` or `"L"` with 8 bits, turned as its EXIF data says, what is transparent being white."""
+    """Any PIL image as `"RGB"` or `"L"` with 8 bits, turned as its EXIF data says, transparent parts made white."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -203,7 +204,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(array: Shaped[np.ndarray, "height width"]) -> Image.Image:
-    """Integers by the smallest usual number of bits that holds them; real numbers from the smallest to the largest."""
+    """Integers scaled from the smallest usual bit depth that holds them; real numbers from smallest to largest."""
     from PIL import Image
 
     array = np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)

@@ -1,4 +1,4 @@
-"""The regression tasks of Finn, Abbeel & Levine (2017), section 5.1: a sine wave, of which a few points are known."""
+"""The regression tasks of Finn, Abbeel & Levine (2017), section 5.1: sine waves of which a few points are known."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sinusoids:
     """All waves `y = amplitude * sin(x - phase)` of a range of amplitudes and phases, seen between two `x`.
 
     Args:
-        amplitude: least and greatest.
-        phase: least and greatest, in radians.
+        amplitude: smallest and largest.
+        phase: smallest and largest, in radians.
         x: where points are drawn.
 
     Example:
@@ -36,17 +36,17 @@ class Sinusoids:
                 raise ValueError(f"{name} must be two numbers, the smaller first, got {low} and {high}")
 
     def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> SinusoidSampler:
-        """What draws tasks of these waves."""
+        """A sampler of tasks from these waves."""
         return SinusoidSampler(self, spec, seed=seed)
 
 
 class SinusoidSampler(SeededSampler):
-    """Draws waves with `k_shot` support and `n_query` query points each, uniformly from everything.
+    """Draws waves with `k_shot` support and `n_query` query points each, everything uniformly at random.
 
     Args:
         waves: where the tasks come from.
-        spec: `k_shot` and `n_query` of each task; one number is asked for, so `n_way` is 1.
-        seed: where the stream of tasks begins.
+        spec: `k_shot` and `n_query` of each task; the target is one number, so `n_way` is 1.
+        seed: selects the stream of tasks.
     """
 
     def __init__(self, waves: Sinusoids, spec: EpisodeSpec, *, seed: int = 0) -> None:
@@ -60,11 +60,11 @@ class SinusoidSampler(SeededSampler):
         return self.sample_with_waves(n_tasks)[0]
 
     def sample_with_waves(self, n_tasks: int) -> tuple[Episode, Float[Tensor, "task 2"]]:
-        """Draw the next `n_tasks` tasks; also tell amplitude and phase of each."""
+        """Draw the next `n_tasks` tasks; also return the amplitude and phase of each."""
         if n_tasks < 1:
             raise ValueError(f"n_tasks must be positive, got {n_tasks}")
         k_shot, n_query = self.spec.k_shot, self.spec.n_query
-        # one row of random numbers a task, so that a task does not depend on how many are drawn at once
+        # one row of random numbers per task, so that a task does not depend on how many are drawn at once
         drawn = torch.rand(n_tasks, 2 + k_shot + n_query, dtype=torch.float64, generator=self.generator)
         parts = zip(drawn.split([1, 1, k_shot + n_query], dim=1), vars(self.waves).values(), strict=True)
         amplitude, phase, x = (low + (high - low) * part for part, (low, high) in parts)

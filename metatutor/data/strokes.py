@@ -1,4 +1,4 @@
-"""Strokes: alphabets that nobody has ever written, drawn as a hand would; Omniglot's stand-in without a network.
+"""Strokes: alphabets that nobody has ever written, drawn as a hand would; the stand-in for Omniglot when offline.
 
 In reading order: the gestures of a pen, the alphabet invented from them, the hand that writes it, the ink, the data
 set. An alphabet is a habit: six gestures, and the guide lines it is written between. A character is one to four of
@@ -23,11 +23,11 @@ from metatutor.data.omniglot import Alphabets, Splits
 
 _PIXELS = 28
 _STROKES = 4  # at most, in a character
-_EDGES = 12  # of the polyline that a gesture is
+_EDGES = 12  # of a gesture's polyline
 _DOTS = 104  # of ink, spread evenly along a drawing
 _PEN, _BLUR = 1.5, 0.48  # width of a line; standard deviation of the blur that shrinking a scan to 28 pixels leaves
 _CANDIDATES = 8  # for each character; the clearest is taken
-_GRID = 2**13  # steps of a score in 1: far coarser than rounding errors, far finer than what an eye tells apart
+_GRID = 2**13  # steps of a score per unit: far coarser than rounding errors, far finer than an eye can tell
 _double = partial(torch.tensor, dtype=torch.float64)
 
 # --- the gestures of a pen: corners (column, row) on a 5 × 5 grid, and how common each is ---
@@ -68,10 +68,10 @@ def _nodes(gesture: str) -> Float64[Tensor, "node 2"]:
 
 _SHAPES = torch.stack([_nodes(gesture) for gesture in _GESTURES])  # [gesture, node, 2]
 _COMMON = _double([*_GESTURES.values()])
-# A hand misplaces, stretches and bends a stroke more than it trembles: smooth errors, the faster the smaller.
+# A hand misplaces, stretches and bends a stroke more than it trembles: smooth errors, the faster ones the smaller.
 _WAVES = torch.arange(6).double()
 _ERRORS = torch.cos(math.pi * torch.arange(_EDGES + 1)[:, None] / _EDGES * _WAVES) / _WAVES.clamp(min=1) ** 1.5
-# Guide lines: three upright ones, four level ones. A box lies between two of each.
+# Guide lines: three vertical ones, four horizontal ones. A box lies between two of each.
 _GUIDES = _double([-1 / 2, 0, 1 / 2, -1 / 2, -1 / 6, 1 / 6, 1 / 2])
 _COLUMNS = torch.tensor([[0, 2], [0, 2], [0, 1], [1, 2]])
 _ROWS = torch.tensor([[3, 6], [3, 6], [3, 5], [4, 6], [3, 5], [4, 6], [3, 4], [5, 6]])
@@ -157,7 +157,7 @@ def _invent(generator: torch.Generator, habit: _Habit, n: int) -> _Characters:
 
 
 def _clearest(habit: _Habit, characters: _Characters) -> Int64[Tensor, " n"]:
-    """Of every `_CANDIDATES` in turn the one that is least cluttered and least like those taken before."""
+    """From every `_CANDIDATES` in turn, the one that is least cluttered and least like those taken before."""
     path = habit.size * _path(characters, habit.guides, _double([habit.roundness]))
     dots, length = _spread(path, characters.drawn)
     seen = _expose((dots - dots.mean(1, keepdim=True)) / 2, _PEN * length / 4, 0.6, _PIXELS // 2)  # from afar
@@ -174,10 +174,10 @@ def _clearest(habit: _Habit, characters: _Characters) -> Int64[Tensor, " n"]:
 
 
 def _first_of_least(scores: Float64[Tensor, " n"]) -> int:
-    """The place of the least score; of scores that differ by rounding errors alone, all are the least.
+    """The index of the lowest score, the first if several differ only by rounding errors.
 
-    Two simple strokes, or two copies of earlier characters, are equally good; which sum comes out the smaller in the
-    last digit depends on the processor.
+    Two simple strokes, or two copies of earlier characters, are equally good; which sum comes out smaller in the last
+    digit depends on the processor.
     """
     rounded = (_GRID * scores).round().tolist()
     return rounded.index(min(rounded))
@@ -189,7 +189,7 @@ def _first_of_least(scores: Float64[Tensor, " n"]) -> int:
 def _path(
     characters: _Characters, guides: Float64[Tensor, "*n guide"], roundness: Float64[Tensor, " m"]
 ) -> Float64[Tensor, "character stroke point 2"]:
-    """The way of the pen: shapes stretched to fill their boxes, corners smoothed by a moving average."""
+    """The path of the pen: shapes stretched to fill their boxes, corners smoothed by a moving average."""
     guides = guides.expand(len(characters.boxes), -1)
     low, high = guides.gather(1, characters.boxes.flatten(1)).unflatten(1, (_STROKES, 1, 2, 2)).unbind(-1)
     nodes = (low + high) / 2 + characters.shapes * (high - low)
@@ -218,7 +218,7 @@ def _draw(
     middle = (dots.mean(1) + (low + high) / 2) / 2  # halfway from that of the ink to that of the outline
     shift = 1.4 * torch.stack([right, down], -1) + _double([-0.35, -0.7]) - middle
     edge = _PIXELS / 2 - 1.3
-    shift = torch.minimum(torch.maximum(shift, -edge - low), edge - high)  # that it stays on the paper
+    shift = torch.minimum(torch.maximum(shift, -edge - low), edge - high)  # so that it stays on the paper
     exposure = _expose(dots + shift[:, None], _PEN * length * (0.06 * pen).exp(), _BLUR, _PIXELS)
     return (255 * exposure.clamp(max=1)).round().to(torch.uint8)
 
@@ -229,7 +229,7 @@ def _draw(
 def _spread(
     path: Float64[Tensor, "drawing stroke point 2"], drawn: Bool[Tensor, "drawing stroke"]
 ) -> tuple[Float64[Tensor, "drawing dot 2"], Float64[Tensor, " drawing"]]:
-    """Dots at equal distances along the strokes that are drawn, and how long these are together."""
+    """Dots at equal distances along the strokes that are drawn, and the total length of these."""
     starts, edges = path[:, :, :-1].flatten(1, 2), path.diff(dim=2)
     until = (edges.norm(dim=-1) * drawn[..., None]).flatten(1).cumsum(1)  # [drawing, edge]
     at = until[:, -1:] * (torch.arange(_DOTS) + 0.5) / _DOTS
@@ -254,7 +254,7 @@ def _expose(
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    """A stream of chance for each tuple of numbers."""
+    """A random stream for each tuple of numbers."""
     seed = reduce(lambda state, number: 1_000_003 * state + number, numbers)
     return torch.Generator().manual_seed(seed % (2**32 - 5))  # a prime; a CPU generator takes 32 bits
 
@@ -278,7 +278,7 @@ class Strokes(Alphabets):
 
     Args:
         images: `[character, drawing, channel, height, width]`, uint8.
-        names: one a character, such as `Alphabet07/character12`; an alphabet's characters follow each other.
+        names: one per character, such as `Alphabet07/character12`; an alphabet's characters are consecutive.
         seed: the seed they were drawn with.
 
     Example:
@@ -305,8 +305,8 @@ class Strokes(Alphabets):
         Args:
             n_alphabets: how many alphabets.
             characters_per_alphabet: how many characters in each; the more, the more alike some of them are.
-            drawings: how many of each character, each by another hand.
-            seed: another seed, other alphabets.
+            drawings: how many of each character, each by a different hand.
+            seed: another seed gives other alphabets.
 
         Raises:
             ValueError: if a size is not a positive integer.
@@ -320,14 +320,15 @@ class Strokes(Alphabets):
         return cls(torch.cat(images), tuple(f"Alphabet{a:02}/character{c:02}" for a, c in numbers), seed)
 
     def split(self, *, seed: int = 0, rotations: bool = True) -> Splits:
-        """Part the alphabets, whole, into meta-training (about two thirds), meta-validation and meta-test classes.
+        """Divide whole alphabets into meta-training (about two thirds), meta-validation and meta-test classes.
 
         The split's id is `strokes-0-50x30-0` for example (seed of the alphabets, alphabets × characters, seed of the
         split); `strokes-0-50x30-0-upright` without rotations.
 
         Args:
-            seed: another seed, another split.
-            rotations: whether each character turned by 90, 180 and 270 degrees is three more classes of its split.
+            seed: another seed gives another split.
+            rotations: whether each character rotated by 90, 180 and 270 degrees counts as three more classes of its
+                split.
 
         Raises:
             ValueError: if there are fewer than three alphabets.

@@ -1,4 +1,4 @@
-"""Augmentation inside tasks: every image a little turned, stretched, sheared and shifted."""
+"""Augmentation inside tasks: every image a little rotated, stretched, sheared and shifted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from metatutor.episodes import Episode
 
-_TURN, _STRETCH, _SHEAR, _SHIFT = math.radians(15), 0.15, 0.2, 0.1  # at most; the shift as a part of half the width
+_TURN, _STRETCH, _SHEAR, _SHIFT = math.radians(15), 0.15, 0.2, 0.1  # at most; the shift as a fraction of half the width
 
 
 def warp(episode: Episode) -> Episode:
     """The same tasks with every image warped at random, by PyTorch's own random numbers: a `transform` for `train`.
 
-    Each image is turned by up to 15 degrees, stretched in either direction by up to 15%, sheared by up to 0.2 and
-    shifted by up to a twentieth of its width, all uniformly and on its own.
+    Each image is rotated by up to 15 degrees, stretched in either direction by up to 15%, sheared by up to 0.2 and
+    shifted by up to a twentieth of its width, all uniformly and independently.
 
     Example:
         >>> images, labels = torch.rand(2, 5, 1, 28, 28), torch.arange(5).repeat(2, 1)
@@ -34,7 +34,7 @@ def warp(episode: Episode) -> Episode:
 
 def _warped(images: Float[Tensor, "task image c h w"]) -> Float[Tensor, "task image c h w"]:
     flat = images.flatten(0, 1)
-    if not len(flat):  # mini-batches have no support set, and PyTorch no grid for nothing
+    if not len(flat):  # mini-batches have no support set, and PyTorch has no grid for no images
         return images
     uniform = 2 * torch.rand(6, len(flat)) - 1
     angle, x, y = _TURN * uniform[0], 1 + _STRETCH * uniform[1], 1 + _STRETCH * uniform[2]

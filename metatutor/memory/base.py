@@ -13,8 +13,8 @@ from metatutor.episodes import Episode
 class MemoryLearner(EmbeddingLearner):
     """Puts the support set into a memory, and answers the query images from it; no query sees another.
 
-    A label is something that such a method reads, so that it is made for tasks of `n_way` classes. For the other
-    arguments see `EmbeddingLearner`.
+    Such a method reads labels as inputs, so it is made for tasks of `n_way` classes. For the other arguments see
+    `EmbeddingLearner`.
     """
 
     def __init__(
@@ -26,6 +26,6 @@ class MemoryLearner(EmbeddingLearner):
         self.embedding_size = embedding_size(self.network, type(self).__name__)
 
     def check_ways(self, episode: Episode) -> None:
-        """Raise a `ValueError` if the episode has other ways than the labels that this learner reads."""
+        """Raise a `ValueError` if the episode does not have as many ways as this learner was made for."""
         if episode.n_way != self.n_way:
             raise ValueError(f"the episode has n_way = {episode.n_way} but this learner was made for {self.n_way}")

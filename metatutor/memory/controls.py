@@ -1,4 +1,4 @@
-"""Two controls that have no memory to write: what a memory is worth is what it adds to them."""
+"""Two controls without a memory to write to: a memory is worth what it adds to them."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class _Control(StreamLearner):
 
 
 class PlainLSTM(_Control):
-    """The control with a short memory: an LSTM that has nothing but its own state.
+    """The control with a short memory: an LSTM with nothing but its own state.
 
     Args:
-        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
+        network: the embedding, which treats images one by one: `Pixels`, or `ConvNet(normalization="group")`.
         n_way: classes in a task.
-        hidden_size: of the LSTM.
-        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        hidden_size: hidden units of the LSTM.
+        labels: how a label is encoded: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other ways.
+        ValueError: if the network normalises over several images, or an episode has a different `n_way`.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ class PlainLSTM(_Control):
         remember(self.enter, hidden_size)
 
     def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time gates"]:
-        """What the images and labels add to the gates."""
+        """What the images and labels contribute to the gates."""
         return self.enter(seen)
 
     def start(self, n_tasks: int) -> State:
@@ -85,19 +85,19 @@ class PlainLSTM(_Control):
 class FeedForward(_Control):
     """The control without any memory: two layers that see an image and the label of the one before.
 
-    Since classes are numbered at random in every stream, there is nothing it could learn but to name another class
-    than the one just told.
+    Since classes are numbered at random in every stream, all it can learn is to name a class other than the one just
+    revealed.
 
     Args:
-        network: the embedding, of each image by itself: `Pixels`, or `ConvNet(normalization="group")`.
+        network: the embedding, which treats images one by one: `Pixels`, or `ConvNet(normalization="group")`.
         n_way: classes in a task.
-        hidden_size: of the hidden layer.
-        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        hidden_size: units of the hidden layer.
+        labels: how a label is encoded: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other ways.
+        ValueError: if the network normalises over several images, or an episode has a different `n_way`.
 
     Example:
         >>> import torch
@@ -124,5 +124,5 @@ class FeedForward(_Control):
         return ()
 
     def step(self, state: State, prepared: Float[Tensor, "task code"]) -> tuple[State, Float[Tensor, "task code"]]:
-        """The answer that `prepare` has given."""
+        """The answer that `prepare` gave."""
         return (), prepared

@@ -20,7 +20,7 @@ Keys = Float[Tensor, "task head width"]
 
 
 class Memory(NamedTuple):
-    """What a MANN knows of its tasks: the controller's state, and the memory with its bookkeeping."""
+    """What a MANN knows about its tasks: the controller's state, and the memory with its bookkeeping."""
 
     h: Float[Tensor, "task hidden"]
     cell: Float[Tensor, "task hidden"]
@@ -32,7 +32,7 @@ class Memory(NamedTuple):
 
 
 class MANN(StreamLearner):
-    """An LSTM controller with an external memory: written where it was used least, read where it resembles the key.
+    """An LSTM controller with an external memory: it writes where usage is least, and reads what resembles the key.
 
     At every step each head has a key `k` and a gate `a` from the controller, and, with `M` the memory,
 
@@ -42,30 +42,30 @@ class MANN(StreamLearner):
         M'[i] = (M[i], or 0 where slot i is least used) + sum over heads of write[i] * k
         usage' = decay * usage + sum over heads of (read weights + write)
 
-    `least used` marks one slot a head: the slots of least usage, in order. So new things replace what has not been
-    needed for long, or are added to what was just read, as the gate decides. The answer is a linear function of the
-    controller's output and of what was read, which enters the controller at the next step too.
+    `least used` marks one slot per head: the slots of least usage, in order. So new things replace what has not been
+    needed for a long time, or are added to what was just read; the gate decides. The answer is a linear function of the
+    controller's output and of what was read, which also enters the controller at the next step.
 
-    Two choices are ours. The memory is read before it is written: the other way round, what resembles a key most is
-    that key itself, just written. And with `sharpen`, the cosines are multiplied by a strength that the controller
-    gives each head, about 11 at first, as in the Neural Turing Machine: cosines of 1 and 0 alone, over 128 slots, would
-    leave the best slot a weight of 2%.
+    Two choices are ours. The memory is read before it is written: the other way round, what most resembles a key would
+    be that key itself, just written. And with `sharpen`, the cosines are multiplied by a strength that the controller
+    sets for each head, about 11 at first, as in the Neural Turing Machine: cosines of 1 and 0 alone, over 128 slots,
+    would give the best slot a weight of only 2%.
 
     Args:
         network: the embedding: `Pixels(20)` in the paper.
         n_way: classes in a task.
-        hidden_size: of the controller.
+        hidden_size: hidden units of the controller.
         slots: rows of the memory.
         width: numbers in a row.
-        heads: how many read, and write.
+        heads: how many heads read and write.
         usage_decay: how much of the usage remains after a step.
-        sharpen: whether the controller says how sharply to read; False: as in the paper.
-        labels: how a label is written: `"one-hot"`, or `"letters"` (see `StreamLearner`).
+        sharpen: whether the controller decides how sharply to read; False: as in the paper.
+        labels: how a label is encoded: `"one-hot"`, or `"letters"` (see `StreamLearner`).
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if the network normalises over several images, or an episode has other ways.
+        ValueError: if the network normalises over several images, or an episode has a different `n_way`.
 
     Example:
         >>> from metatutor import Pixels
@@ -109,7 +109,7 @@ class MANN(StreamLearner):
             nn.init.constant_(self.control.bias.detach()[-heads:], 10.0)
 
     def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time gates"]:
-        """What the images and labels add to the controller's gates."""
+        """What the images and labels contribute to the controller's gates."""
         return self.enter(seen)
 
     def start(self, n_tasks: int) -> Memory:
@@ -143,7 +143,7 @@ class MANN(StreamLearner):
 
     @torch.no_grad()
     def trace(self, episode: Episode) -> list[Memory]:
-        """The memory after every image of the support set as a stream, to be looked at."""
+        """The memory after every image of the support set as a stream, for inspection."""
         told = shift_labels(self.codes(episode).of(episode.support_labels))
         state, states = self.start(len(episode)), []
         for prepared in self.prepare(torch.cat([self.embed_stream(episode.support_images), told], dim=-1)).unbind(1):
@@ -153,7 +153,7 @@ class MANN(StreamLearner):
 
 
 def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Weights:
-    """For each head a slot of its own, marked by 1: the least used one, the next, …; of equals the first (equation 6).
+    """A slot for each head, marked by 1: the least used one, the next, …; among equals the first (equation 6).
 
     Example:
         >>> least_used(torch.tensor([[0.3, 0.1, 0.2]]), heads=2).tolist()
@@ -164,7 +164,7 @@ def least_used(usage: Float[Tensor, "task slot"], heads: int) -> Weights:
 
 
 def write(matrix: Matrix, unused: Weights, weights: Weights, keys: Keys) -> Matrix:
-    """The memory, its least used slots wiped and every head's key added by its weights (equation 8 and before).
+    """The memory with its least used slots erased and every head's key added by its weights (equation 8 and before).
 
     Example:
         >>> one = torch.tensor([[[0.0, 1.0]]])

@@ -28,37 +28,38 @@ class FastMemory(NamedTuple):
 class MetaNet(MemoryLearner):
     """Every support image leaves fast weights in a memory; a query image reads those of the images it resembles.
 
-    Two small networks stand on the embedding: the base learner `b`, which classifies, and the key function `u`, which
-    says what an image resembles. Both have slow weights, learned by the outer loop, and fast ones, made for a task:
+    Two small networks sit on top of the embedding: the base learner `b`, which classifies, and the key function `u`,
+    which says what an image resembles. Both have slow weights, learned by the outer loop, and fast ones, made for a
+    task:
 
     1. The gradients of `u`'s loss on `n_gradients` support images go through an LSTM, weight by weight, and come out
        as `u`'s fast weights.
-    2. The gradient of `b`'s loss on each support image goes through a small network, weight by weight, and comes out
-       as fast weights of `b`: one set an image. They are stored, each under its image's key.
+    2. The gradient of `b`'s loss on each support image goes through a small network, weight by weight, and comes out as
+       fast weights of `b`: one set per image. They are stored, each under its image's key.
     3. A query image's key is compared with the stored ones. The fast weights, weighted by `softmax(cosine)`, are added
-       up, and `b` answers with them and its slow weights side by side.
+       up, and `b` answers with these and its slow weights side by side.
 
-    A layer with slow and fast weights transforms its input by both and adds what comes out (layer augmentation):
-    `relu(x · slow) + relu(x · fast)`, or without `relu` in the last layer. Gradients are taken as given numbers, as the
-    authors' code does: the outer loop does not differentiate them. So the last layer of `u`, which serves its loss
-    only, stays as it was drawn.
+    A layer with slow and fast weights applies both to its input and adds the results (layer augmentation):
+    `relu(x · slow) + relu(x · fast)`, or without `relu` in the last layer. Gradients are treated as constants, as in
+    the authors' code: the outer loop does not differentiate them. So the last layer of `u`, which serves only its loss,
+    keeps its random initial weights.
 
     Three things differ from the paper. The convolutions are shared by `b` and `u` and have slow weights only; layer
-    augmentation is for the fully connected layers. Cosines are multiplied by a learned number. And the fast weights of
-    a layer are taken less their mean: embeddings are never negative, so that fast weights of one sign would switch a
-    ReLU on or off for all images alike, and one that is off for all stays off for good.
+    augmentation is for the fully connected layers. Cosines are multiplied by a learned factor. And the mean of a
+    layer's fast weights is subtracted from them: embeddings are never negative, so fast weights of one sign would
+    switch a ReLU on or off for all images alike, and one that is off for all images stays off for good.
 
     Args:
         network: the embedding.
         n_way: classes in a task.
-        hidden_size: of `b` and of `u`, whose outputs are the keys.
+        hidden_size: hidden units of `b` and of `u`, whose outputs are the keys.
         generator_size: hidden units of the two networks that make fast weights.
-        n_gradients: support images whose gradients make `u`'s fast weights: the first ones.
+        n_gradients: how many support images, the first ones, give the gradients that make `u`'s fast weights.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an episode has other ways.
+        ValueError: if an episode has a different `n_way`.
 
     Example:
         >>> from metatutor import ConvNet
@@ -134,7 +135,7 @@ class MetaNet(MemoryLearner):
         return (self.log_sharpness.exp() * cosines).softmax(-1)
 
     def gradients(self, layers: TwoLayers, support: Tensor, labels: Tensor) -> Parameters:
-        """The gradients of each support image's cross-entropy, `[task, support, ...]`, as given numbers."""
+        """The gradients of each support image's cross-entropy, `[task, support, ...]`, as constants."""
         slow = {name: p.detach() for name, p in layers.named_parameters()}
 
         def loss(weights: Parameters, embedding: Tensor, label: Tensor) -> Tensor:
@@ -155,7 +156,7 @@ class MetaNet(MemoryLearner):
 
 
 def centred(weights: Float[Tensor, "... output input"]) -> Float[Tensor, "... output input"]:
-    """The weights of a layer less their mean.
+    """The weights of a layer minus their mean.
 
     Example:
         >>> centred(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).tolist()
@@ -165,7 +166,7 @@ def centred(weights: Float[Tensor, "... output input"]) -> Float[Tensor, "... ou
 
 
 class TwoLayers(nn.Module):
-    """Two fully connected layers without biases that fast weights stand beside: layer augmentation (section 3.3)."""
+    """Two fully connected layers without biases, for use with fast weights: layer augmentation (section 3.3)."""
 
     def __init__(self, n_inputs: int, hidden_size: int, n_outputs: int) -> None:
         super().__init__()
@@ -182,7 +183,7 @@ class TwoLayers(nn.Module):
     def hidden(
         self, inputs: Float[Tensor, "*n input"], fast: Float[Tensor, "hidden input"]
     ) -> Float[Tensor, "*n hidden"]:
-        """What leaves the first layer, with slow and fast weights side by side."""
+        """The outputs of the first layer, with slow and fast weights side by side."""
         return F.relu(inputs @ self.first.mT) + F.relu(inputs @ fast.mT)
 
     def with_fast(self, inputs: Float[Tensor, "*n input"], fast: Parameters) -> Float[Tensor, "*n output"]:

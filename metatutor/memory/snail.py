@@ -19,29 +19,29 @@ Longer = Float[Tensor, "task place longer"]  # items with what a block has appen
 
 
 class SNAIL(MemoryLearner):
-    """The support set is a sequence of images with their labels, a query image its last item, without one.
+    """The support set is a sequence of labelled images; a query image is its last item, without a label.
 
-    Nothing is written down and looked up: the sequence itself is the memory. Blocks of two kinds take turns. Dilated
-    causal convolutions put together what stands 1, 2, 4, … places apart, so that a few of them see the whole sequence.
-    Attention compares an item with every item before it, however far. Each block appends its outputs to its inputs:
+    Nothing is written down and looked up: the sequence itself is the memory. Two kinds of blocks alternate. Dilated
+    causal convolutions combine what is 1, 2, 4, … places apart, so that a few of them see the whole sequence. Attention
+    compares an item with every item before it, however far back. Each block appends its outputs to its inputs:
 
         attention, convolutions, attention, convolutions, attention, and a linear layer for the logits.
 
-    Every query image stands at the same place, right behind the support set, and none sees another: all are answered in
-    one pass.
+    Every query image is at the same place, right after the support set, and none sees another: all are answered in one
+    pass.
 
     Args:
         network: the embedding.
         n_way: classes in a task.
-        max_shot: support images of a class that the convolutions reach back to; attention reaches any.
-        embedding: numbers that are left of an embedding.
-        filters: of every convolution: 128 in the paper.
-        attention: numbers in the keys and values of each attention block: (32, 128, 256) in the paper.
+        max_shot: support images per class that the convolutions reach back to; attention reaches any number.
+        embedding: the size that embeddings are reduced to.
+        filters: filters of every convolution; 128 in the paper.
+        attention: size of the keys and values of each attention block; (32, 128, 256) in the paper.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
 
     Raises:
-        ValueError: if an episode has other ways.
+        ValueError: if an episode has a different `n_way`.
 
     Example:
         >>> from metatutor import ConvNet
@@ -83,14 +83,14 @@ class SNAIL(MemoryLearner):
         self.out = nn.Linear(channels, n_way)
 
     def answer(self, episode: Episode) -> Logits:
-        """The logits at the place behind the support set, for every query image standing there."""
+        """The logits at the place after the support set, for every query image there."""
         items, n_support = self.items(episode)
         for block in self.blocks:
             items = block(items, n_support)
         return self.out(items[:, n_support:])
 
     def items(self, episode: Episode) -> tuple[Sequence, int]:
-        """Support images with their labels, then query images without; and how many are support."""
+        """Support images with their labels, then query images without; and how many of them are support images."""
         self.check_ways(episode)
         support, query = self.embed(episode)
         labels = F.one_hot(episode.support_labels, self.n_way).to(support.dtype)
@@ -100,7 +100,7 @@ class SNAIL(MemoryLearner):
 
     @torch.no_grad()
     def attention(self, episode: Episode) -> list[Float[Tensor, "task query seen"]]:
-        """How much each query image attends to every support image and, last, to itself: one tensor a block."""
+        """How much each query image attends to every support image and, last, to itself: one tensor per block."""
         items, n_support = self.items(episode)
         found = []
         for block in self.blocks:
@@ -113,9 +113,9 @@ class SNAIL(MemoryLearner):
 
 
 class Attention(nn.Module):
-    """Appends to each item what it reads from the items that it may see, by the likeness of keys (figure 2c).
+    """Appends to each item what it reads from the items that it may see, by the similarity of keys (figure 2c).
 
-    `read = softmax(query · keys / sqrt(size)) values`: Vaswani et al. (2017), equation 1. Keys and queries begin as the
+    `read = softmax(query · keys / sqrt(size)) values`: Vaswani et al. (2017), equation 1. Keys and queries start as the
     same function, with weights four times as large as usual, so that from the start like attends to like, and to little
     else.
     """
@@ -141,7 +141,7 @@ class Attention(nn.Module):
 
 
 class TemporalConvolutions(nn.Module):
-    """Gated causal convolutions of two taps, 1, 2, 4, … places apart, each seeing the outputs of all before it.
+    """Gated causal convolutions with two taps, 1, 2, 4, … places apart, each seeing the outputs of all before it.
 
     `out = tanh(filter * items) sigmoid(gate * items)`, appended to the items (figures 2a and 2b); the last one sees
     `length` items.
@@ -164,7 +164,7 @@ class TemporalConvolutions(nn.Module):
 
 
 def visible(n_items: int, n_support: int, device: torch.device) -> Bool[Tensor, "place seen"]:
-    """Which items each item may look at: itself and the support items before it; query items stand behind all of these.
+    """Which items each item may look at: itself and the support items before it; query items come after all of these.
 
     Example:
         >>> visible(4, 2, torch.device("cpu")).int().tolist()
@@ -176,15 +176,15 @@ def visible(n_items: int, n_support: int, device: torch.device) -> Bool[Tensor, 
 
 
 def earlier(items: Sequence, distance: int, n_support: int) -> Sequence:
-    """For each item the one that stands `distance` places before it, zeros where the sequence has not begun.
+    """For each item, the one `distance` places before it; zeros before the sequence starts.
 
-    Query items stand side by side at place `n_support`.
+    All query items are at place `n_support`.
 
     Example:
         >>> earlier(torch.tensor([[[1.0], [2.0], [3.0], [4.0]]]), 1, n_support=2).flatten().tolist()
         [0.0, 1.0, 2.0, 2.0]
     """
     n_query = items.shape[1] - n_support
-    support = F.pad(items[:, :n_support], (0, 0, distance, 0))  # place p stands at p + distance
+    support = F.pad(items[:, :n_support], (0, 0, distance, 0))  # place p is now at p + distance
     behind = support[:, n_support : n_support + 1].expand(-1, n_query, -1)
     return torch.cat([support[:, :n_support], behind], dim=1)

@@ -1,4 +1,4 @@
-"""Streams: every image is asked first, and its label told one step later."""
+"""Streams: every image is classified first, and its label is revealed one step later."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Hidden = Float[Tensor, "task hidden"]
 
 
 class StreamLearner(MemoryLearner):
-    """Reads a stream of images, the label of each coming one step after the image, and names every image it is shown.
+    """Reads a stream of images, each followed by its label one step later, and classifies every image as it comes.
 
     At step `t` it sees `(image[t], label[t - 1])` and answers `label[t]`. It can be right only by binding an image to
-    the label that came after it, and finding it again when the class comes back. What it knows lies in a state that
-    begins anew with every stream. `meta_loss` is the mean loss over the support set as a stream; `answer`
-    asks each query image of the state that the stream has left, with the label of the last support image.
+    the label that came after it, and finding it again when the class comes back. What it knows is kept in a state that
+    is reset for every stream. `meta_loss` is the mean loss over the support set as a stream; `answer` classifies each
+    query image from the state that the stream has left, given the label of the last support image.
 
-    Labels are written `"one-hot"`, or as `"letters"`, a random string of five letters out of five for each class of a
-    task, which takes any number of classes. The network embeds each image by itself, as `Pixels` does.
+    Labels are encoded as `"one-hot"`, or as `"letters"`, a random string of five letters out of five for each class of
+    a task, which allows any number of classes. The network embeds images one by one, as `Pixels` does.
 
     Reference:
         Santoro et al. (2016), section 2.2 and figure 1; strings of letters: section 4.1.2.
@@ -62,7 +62,7 @@ class StreamLearner(MemoryLearner):
 
     @abstractmethod
     def prepare(self, seen: Float[Tensor, "task time input"]) -> Float[Tensor, "task time prepared"]:
-        """What can be computed of all inputs before the first step."""
+        """What can be computed from all inputs before the first step."""
 
     @abstractmethod
     def start(self, n_tasks: int) -> State:
@@ -70,10 +70,10 @@ class StreamLearner(MemoryLearner):
 
     @abstractmethod
     def step(self, state: State, prepared: Float[Tensor, "task prepared"]) -> tuple[State, Float[Tensor, "task code"]]:
-        """The state after one more image, and what is answered to it."""
+        """The state after one more image, and the answer to it."""
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean loss of the answers to the support set as a stream; the query images take no part."""
+        """The mean loss of the answers to the support set as a stream; the query images are not used."""
         logits, labels = self.stream_logits(episode), episode.support_labels
         if self.labels == "letters":  # the letters of the string are answered independently
             return -logits.gather(-1, labels[..., None]).mean()
@@ -84,7 +84,7 @@ class StreamLearner(MemoryLearner):
         return super().meta_loss(episode)
 
     def answer(self, episode: Episode) -> Logits:
-        """Ask each query image of the state that the support set has left."""
+        """Classify each query image from the state that the support set has left."""
         codes = self.codes(episode)
         support, query = self.embed(episode)
         state, _ = self.read(support, codes.of(episode.support_labels))
@@ -95,19 +95,19 @@ class StreamLearner(MemoryLearner):
         return codes.logits(answers.unflatten(0, (n_tasks, n_query)))
 
     def stream_logits(self, episode: Episode) -> Float[Tensor, "task time way"]:
-        """The logits of every support image, answered before its label is told."""
+        """The logits of every support image, answered before its label is revealed."""
         codes = self.codes(episode)
         _, answers = self.read(self.embed_stream(episode.support_images), codes.of(episode.support_labels))
         return codes.logits(answers)
 
     def stream_answers(self, episode: Episode) -> Int[Tensor, "task time"]:
-        """The label answered to every support image; -1: a string that none of the classes has."""
+        """The label answered for every support image; -1: a string that none of the classes has."""
         codes = self.codes(episode)
         _, answers = self.read(self.embed_stream(episode.support_images), codes.of(episode.support_labels))
         return codes.named(answers)
 
     def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
-        """Each task's accuracy; of streams that on the first, second, … image of its classes, `[task, instance]`."""
+        """Each task's accuracy; for streams, on the first, second, … image of its classes, `[task, instance]`."""
         if not stream:
             return super().measure(episode)
         correct = self.stream_answers(episode) == episode.support_labels  # [task, time]
@@ -128,7 +128,7 @@ class StreamLearner(MemoryLearner):
         return state, torch.stack(answers, dim=1)
 
     def codes(self, episode: Episode) -> Codes:
-        """How the labels of these tasks are written."""
+        """How the labels of these tasks are encoded."""
         self.check_ways(episode)
         if self.labels == "letters":
             return Codes(strings(episode.support_labels, self.n_way), self.dtype)
@@ -136,12 +136,12 @@ class StreamLearner(MemoryLearner):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters."""
+        """The dtype of the parameters."""
         return next(self.parameters()).dtype
 
 
 class Codes:
-    """How labels are written for a batch of tasks: one-hot, or as the letters of each class's string.
+    """How labels are encoded for a batch of tasks: one-hot, or as the letters of each class's string.
 
     With strings, a code is one one-hot letter after the other, and `n_way` is not needed: Santoro et al. (2016),
     section 4.1.2.
@@ -176,7 +176,7 @@ class Codes:
 def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
     """A string of five letters, from 0 to 4, for each class of each task: distinct within a task, and random.
 
-    They are drawn from a generator that the order of the task's labels seeds, so that a task is always written alike.
+    They are drawn from a generator seeded by the order of the task's labels, so that a task is always encoded the same.
     """
     n_strings = N_LETTERS**N_LETTERS
     if n_way > n_strings:
@@ -192,7 +192,7 @@ def strings(labels: Labels, n_way: int) -> Int[Tensor, "task way letter"]:
 
 
 def shift_labels(codes: Coded) -> Coded:
-    """What is told at every step of a stream: the label of the image before; nothing at the first.
+    """What is revealed at every step of a stream: the label of the image before; nothing at the first.
 
     Example:
         >>> shift_labels(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])).tolist()
@@ -220,6 +220,6 @@ def lstm(gates: Float[Tensor, "task gates"], cell: Hidden) -> tuple[Hidden, Hidd
 
 
 def remember(enter: nn.Linear, hidden_size: int) -> None:
-    """Open the forget gates of an LSTM at first, so that gradients reach far back."""
+    """Start with the forget gates of an LSTM open, so that gradients reach far back."""
     with torch.no_grad():
         enter.bias[hidden_size : 2 * hidden_size] += 1.0

@@ -22,17 +22,17 @@ class Matching(EmbeddingLearner):
     `a = softmax over the support set of scale * cosine(f(query), g(x))`; the logits are `log P`.
 
     Without full context, `f = g` is the network. With it, both see the support set as a whole: a bidirectional LSTM
-    runs over the support embeddings (so their order matters), and an LSTM reads the outcome `reading_steps` times
-    with the query in mind.
+    runs over the support embeddings (so their order matters), and an LSTM reads the result `reading_steps` times with
+    the query in mind.
 
     Args:
         network: the embedding (see `EmbeddingLearner`).
-        scale: of the cosines. The paper has 1, which leaves even a perfect match unsure of itself.
+        scale: factor of the cosines. The paper uses 1, which leaves even a perfect match unsure of itself.
         full_context: whether to use full-context embeddings.
-        reading_steps: of the LSTM that embeds a query with full context.
+        reading_steps: steps of the LSTM that embeds a query with full context.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-        loss: of logits and labels; default: cross-entropy.
+        loss: function of logits and labels; default: cross-entropy.
 
     Example:
         >>> from metatutor import ConvNet, Episode

@@ -27,9 +27,9 @@ class Prototypical(EmbeddingLearner):
     is the linear classifier that fits Gaussian classes of equal spread. `"euclidean"` leaves the square out,
     `"cosine"` compares directions; both are here to show the difference.
 
-    An episode asks each query image about one set of prototypes. The same embeddings make more comparisons: `in_turn`
-    lets all images of a class change places in training, so that each is a support image as often as any other, and
-    averages the losses. Embedding them is what costs time, and they are embedded once.
+    An episode compares each query image with one set of prototypes. The same embeddings allow more comparisons: with
+    `in_turn`, the images of a class change places in training, so that each is a support image as often as any other,
+    and the losses are averaged. Embedding images is what takes time, and they are embedded only once.
 
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).
@@ -37,7 +37,7 @@ class Prototypical(EmbeddingLearner):
         in_turn: whether, in training, every image of a class is a support image in turn.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-        loss: of logits and labels; default: cross-entropy.
+        loss: function of logits and labels; default: cross-entropy.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class Prototypical(EmbeddingLearner):
         return similarity(query, prototypes, self.distance)
 
     def meta_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean loss of the query images; with `in_turn`, also of the tasks in which the images change places.
+        """The mean loss of the query images; with `in_turn`, also over the tasks in which the images change places.
 
         Raises:
             ValueError: with `in_turn`, if a class of a task has more images than another.
@@ -83,7 +83,7 @@ class Prototypical(EmbeddingLearner):
         labels = torch.cat([episode.support_labels, episode.query_labels], dim=1)
         n_way, n_images = episode.n_way, labels.shape[1] // episode.n_way
         if (F.one_hot(labels, n_way).sum(1) != n_images).any():
-            raise ValueError("in_turn needs as many images of every class; take in_turn=False for such tasks")
+            raise ValueError("in_turn needs equally many images of every class; use in_turn=False for such tasks")
         embeddings = torch.cat(self.embed(episode), dim=1)
         order = labels.argsort(stable=True)[..., None].expand_as(embeddings)
         by_class = embeddings.gather(1, order).unflatten(1, (n_way, n_images))  # [task, way, image, embedding]
@@ -97,17 +97,17 @@ class Prototypical(EmbeddingLearner):
         return torch.stack(losses).mean()
 
     def finetune_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean loss of the query images; no image changes its place."""
+        """The mean loss of the query images; no images change places."""
         return super().meta_loss(episode)
 
 
 def similarity(query: Query, prototypes: Float[Tensor, "task way embedding"], distance: Distance) -> Logits:
-    """Minus the distance of every pair, or ten times its cosine; in full precision, under autocast too."""
+    """Minus the distance of every pair, or ten times its cosine; in full precision, even under autocast."""
     with torch.autocast(query.device.type, enabled=False):
         if distance == "cosine":
             return 10 * F.normalize(query, dim=-1) @ F.normalize(prototypes, dim=-1).mT
         if distance == "euclidean":
             return -((query[:, :, None] - prototypes[:, None]).pow(2).sum(-1) + 1e-12).sqrt()
-        # |q - p|² multiplied out: a matrix product, where differences of all pairs would fill memory
+        # |q - p|² multiplied out: a matrix product, because the differences of all pairs would fill memory
         lengths = query.pow(2).sum(-1, keepdim=True) + prototypes.pow(2).sum(-1)[:, None]
         return 2 * query @ prototypes.mT - lengths

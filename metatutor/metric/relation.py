@@ -17,27 +17,28 @@ from metatutor.learner import Loss
 
 
 class Relation(EmbeddingLearner):
-    """Answers with the class to which a learnt comparison finds the query most related.
+    """Answers with the class that a learned comparison finds most related to the query.
 
-    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class, the latter
-    their mean over its support images, are laid on top of each other as channels, and a small convolutional network
-    `r` looks at both. Training: the mean squared error of the score against 1 for the right class and 0 for the
-    others. The logits are those of the sigmoid.
+    `score(query, c) = sigmoid(r([F(c), f(query)]))`: the feature maps of the query and of the class (for the latter,
+    the mean over its support images) are stacked as channels, and a small convolutional network `r` looks at both.
+    Training: the mean squared error of the score against 1 for the right class and 0 for the others. The logits are
+    those of the sigmoid.
 
     Args:
-        network: whose feature maps `f` are compared; they must be 4×4 pixels or larger, such as the 7×7 of
-            `ConvNet(..., pooling="max", n_halving=2)`, or of a layer of any network that `backbone(..., features=)`
-            names.
+        network: the one whose feature maps `f` are compared; they must be 4×4 pixels or larger, such as the 7×7 of
+            `ConvNet(..., pooling="max", n_halving=2)`, or those of a layer of any network, named with
+            `backbone(..., features=)`.
         hidden: width of the last hidden layer of `r`.
-        objective: `"mse"` as in the paper, or `"cross-entropy"` over the classes, which is `loss` if that is given.
+        objective: `"mse"` as in the paper, or `"cross-entropy"` over the classes; `loss`, if given, replaces it.
         over_shots: `"mean"`, with which the number of shots may change after training, or `"sum"` as in the paper, with
-            which it may not: five shots then make feature maps five times as large as one. With one shot they agree.
+            which it may not: five shots then give feature maps five times as large as one shot. With one shot the two
+            agree.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-        loss: of logits and labels, in place of `objective`.
+        loss: function of logits and labels, in place of `objective`.
 
     Raises:
-        ValueError: if the feature maps are too small, or not known.
+        ValueError: if the feature maps are too small, or unknown.
 
     Example:
         >>> from metatutor import ConvNet, Episode
@@ -89,7 +90,7 @@ class Relation(EmbeddingLearner):
             n_support = len(support_images)
             maps = self.network.features(torch.cat([support_images, query_images]), n_support)
             classes = (members.mT @ maps[:n_support].flatten(1)).unflatten(1, maps.shape[1:])  # [way, filter, h, w]
-            if self.network.normalization == "support":  # support images are compared too: theirs are the statistics
+            if self.network.normalization == "support":  # support images are compared too: they give the statistics
                 return self.relate(maps, classes, n_support)[n_support:]
             return self.relate(maps[n_support:], classes)
 

@@ -20,7 +20,7 @@ class Siamese(EmbeddingLearner):
     best matching support image.
 
     Two things differ from the paper: `f` ends in a ReLU, not a sigmoid, and pairs are not drawn half equal, half
-    unequal; a task has `n_way - 1` unequal pairs for each equal one. Both were measured to be better.
+    unequal; a task has `n_way - 1` unequal pairs for each equal one. Both gave better results.
 
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).
@@ -42,7 +42,7 @@ class Siamese(EmbeddingLearner):
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr)
         size = embedding_size(self.network, "Siamese")
         self.same = nn.Linear(size, 1)
-        nn.init.constant_(self.same.weight, -(size**-0.5))  # it begins as a distance: less same
+        nn.init.constant_(self.same.weight, -(size**-0.5))  # it starts as a distance: larger is less same
 
     def pair_logits(self, episode: Episode) -> Float[Tensor, "task query support"]:
         """The logit of "the same" for every query image with every support image."""

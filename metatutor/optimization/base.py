@@ -18,22 +18,21 @@ from metatutor.optimization.chunks import tasks_that_fit
 
 
 class AdaptingLearner(NetworkLearner):
-    """Takes `inner_steps` steps on the support set of each task, and answers its query images with the outcome.
+    """Takes `inner_steps` steps on the support set of each task, then answers its query images.
 
-    A method says what a step is, `inner_step`; and if the outer loop is to learn from it otherwise than by
-    differentiating through the steps, `outer_loss`. All tasks of an episode take their steps side by side: `vmap`
-    gives every task its own parameters, and since no task's loss depends on another's parameters, one call of
-    `autograd.grad` on the sum of losses yields the gradient of each. Parameters that do not require gradients stay as
-    they are, in both loops.
+    A method defines what a step is, `inner_step`, and, if the outer loop should learn other than by differentiating
+    through the steps, `outer_loss`. All tasks of an episode take their steps side by side: `vmap` gives every task its
+    own parameters, and since no task's loss depends on another's parameters, one call of `autograd.grad` on the sum of
+    losses yields the gradient of each. Parameters that do not require gradients stay unchanged in both loops.
 
     Args:
         network: any module from images `[n, channel, height, width]` to logits `[n, way]`.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
-        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops change it all the
-            same.
-        loss: of outputs and labels; default: cross-entropy, or squared error where the labels are real numbers.
-        inner_loss: what the inner loop descends, if that is another.
+        fixed_head: whether the outer loop leaves the last layer's initial values alone; inner loops still change it.
+        loss: function of outputs and labels; default: cross-entropy, or squared error where the labels are real
+            numbers.
+        inner_loss: what the inner loop minimises, if not `loss`.
 
     Example:
         Gradient descent with momentum as the inner loop; the state is the velocity.
@@ -77,7 +76,7 @@ class AdaptingLearner(NetworkLearner):
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> int | None:
-        """One output a class of a task."""
+        """One output per class of a task."""
         return n_way
 
     @abstractmethod
@@ -85,13 +84,13 @@ class AdaptingLearner(NetworkLearner):
         """One step of adaptation of all tasks.
 
         Args:
-            parameters: of every task, `[task, ...]` by name.
-            state: what the step before left; None at the first.
-            episode: its support set is all that may be read.
+            parameters: those of every task, `[task, ...]` by name.
+            state: what the previous step returned; None at the first step.
+            episode: the tasks; only their support sets may be read.
             step: how many steps came before.
 
         Returns:
-            The parameters after the step, and what the next one is to find.
+            The parameters after the step, and the state for the next one.
         """
 
     def forward(self, episode: Episode) -> Float[Tensor, "task query way"]:
@@ -104,7 +103,7 @@ class AdaptingLearner(NetworkLearner):
         return self.outer_loss(episode)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """What `meta_loss` is, unless a method finds its gradient in another way."""
+        """What `meta_loss` returns; overridden where a method finds its gradient in another way."""
         return self.query_loss(episode, self.adapt(episode))
 
     def query_loss(self, episode: Episode, parameters: Parameters) -> Float[Tensor, ""]:
@@ -112,7 +111,7 @@ class AdaptingLearner(NetworkLearner):
         return self.loss(self.query_logits(episode, parameters).flatten(0, 1), episode.query_labels.flatten(0, 1))
 
     def measure(self, episode: Episode, *, stream: bool = False) -> Float[Tensor, "task ..."]:
-        """Each task's accuracy; of regressions the squared error before the first inner step and after each."""
+        """Each task's accuracy; for regressions, the squared error before the first inner step and after each."""
         if not episode.query_labels.is_floating_point():
             return super().measure(episode, stream=stream)
         path = self.adaptation_path(episode)
@@ -120,7 +119,7 @@ class AdaptingLearner(NetworkLearner):
         return torch.stack([error.pow(2).mean((1, 2)) for error in errors], dim=1)
 
     def tasks_at_once(self, episode: Episode) -> int:
-        """On a GPU all, on a CPU as many as fit its cache and memory; one where they cannot go side by side."""
+        """All on a GPU, on a CPU as many as fit its cache and memory; one if they cannot run side by side."""
         return tasks_that_fit(episode, self.network) if self.map_tasks.side_by_side else 1
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
@@ -129,7 +128,7 @@ class AdaptingLearner(NetworkLearner):
         return {name: p for name, p in super().meta_parameters().items() if name not in fixed}
 
     def adapt(self, episode: Episode, inner_steps: int | None = None) -> Parameters:
-        """The adapted parameters of every task, `[task, ...]` by name, after the steps of its mode, or so many.
+        """The adapted parameters of every task, `[task, ...]` by name, after `inner_steps` steps or those of its mode.
 
         Only the support set is read. Parameters that the inner loop leaves alone are the shared ones, repeated.
         """
@@ -179,13 +178,14 @@ class AdaptingLearner(NetworkLearner):
     def support_gradients(
         self, parameters: Parameters, episode: Episode, *, moving: list[str] | None = None, create_graph: bool = False
     ) -> tuple[Float[Tensor, " task"], Parameters]:
-        """Each task's loss on its support set, and the gradient of that in its own parameters; also under `no_grad`.
+        """Each task's loss on its support set and its gradient in the task's own parameters; also under `no_grad`.
 
-        `moving` names the parameters to differentiate in, all by default; `create_graph`: to be differentiated in turn.
+        `moving` names the parameters to differentiate in, by default all; `create_graph`: gradients are differentiable
+        too.
         """
         outside = torch.is_grad_enabled()
         with torch.enable_grad():
-            # what the outer loop leaves alone adapts all the same
+            # what the outer loop leaves alone still adapts
             differentiable = {
                 n: p if outside and p.requires_grad else p.detach().requires_grad_() for n, p in parameters.items()
             }
@@ -195,14 +195,14 @@ class AdaptingLearner(NetworkLearner):
         return losses if create_graph else losses.detach(), dict(zip(wanted, gradients, strict=True))
 
     def check_ways(self, episode: Episode) -> None:
-        """Raise a `ValueError` if an episode has other ways than the network has outputs."""
+        """Raise a `ValueError` if an episode does not have as many ways as the network has outputs."""
         if self.ways in (None, episode.n_way):
             return
         if episode.support_labels.is_floating_point():
-            raise ValueError(f"the network has {self.ways} outputs but targets are of {episode.n_way} numbers each")
+            raise ValueError(f"the network has {self.ways} outputs but targets have {episode.n_way} numbers each")
         instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
         if isinstance(self.network, Backbone):
-            instead = "give one of as many, or say which layer is its last with backbone(network, head=its name)"
+            instead = "give one with that many, or name its last layer with backbone(network, head=its name)"
         raise ValueError(
             f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
             f"one head, so {instead}"

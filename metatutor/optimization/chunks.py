@@ -1,4 +1,4 @@
-"""How many tasks adapt side by side, and compiling the whole of it."""
+"""How many tasks adapt side by side, and compilation of the whole adaptation."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _ACTIVATION_BYTES, _KEPT_BYTES = 128 * 2**20, 64 * 2**20  # measured with benchm
 
 
 def tasks_that_fit(episode: Episode, network: Network, copies_kept: int = 0) -> int:
-    """How many tasks of an episode are best adapted side by side, each keeping so many copies of its parameters.
+    """How many tasks of an episode are best adapted side by side, each keeping `copies_kept` copies of its parameters.
 
     On a GPU all; on a CPU as many as keep the largest activation within 128 MiB, and the copies of parameters within 64
-    MiB. Parts are then as equal as can be, and as few: larger ones would cost more in page faults than they save.
+    MiB. There are as few parts as possible, of sizes as equal as possible: larger ones would cost more in page faults
+    than they save.
     """
     if episode.query_images.device.type != "cpu":
         return len(episode)
@@ -33,9 +34,9 @@ def tasks_that_fit(episode: Episode, network: Network, copies_kept: int = 0) -> 
 
 
 class Compiled:
-    """A function of tensors, traced once for every set of shapes, and compiled; a ValueError if that cannot be.
+    """A function of tensors, traced once for every set of shapes, and compiled; a ValueError if that is impossible.
 
-    Tracing sees through `autograd.grad` and `vmap`: what is compiled is the whole of it, as one graph of products and
+    Tracing sees through `autograd.grad` and `vmap`: the whole computation is compiled, as one graph of products and
     sums. Whatever the function reads besides its tensors is fixed at the first call.
     """
 
@@ -62,9 +63,9 @@ class Compiled:
 
 
 def _scatter_add(into: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
-    """`into.scatter_add(dim, index, source)` as a sum, for few places.
+    """`into.scatter_add(dim, index, source)` as a sum, for small dimensions.
 
-    On a CPU PyTorch compiles the scattering itself to an error (2.6), or to writes beyond the tensor (2.10, with
+    On a CPU, compiling the scatter itself ends in an error (PyTorch 2.6), or in writes beyond the tensor (2.10, with
     several threads).
     """
     here = index.movedim(dim, -1)[..., None] == torch.arange(into.shape[dim], device=into.device)

@@ -25,33 +25,33 @@ from metatutor.optimization.base import AdaptingLearner, check_loss
 
 
 class ImplicitMAML(AdaptingLearner):
-    """Adapts within reach of the initial parameters, and differentiates the outcome instead of the way to it.
+    """Adapts while staying near the initial parameters, and differentiates the result rather than the path to it.
 
     Inner problem of each task: `adapted = argmin over p of support_loss(p) + proximity / 2 * |p - initial|^2`, by
-    `inner_steps` steps of gradient descent. A step that would lead up is not taken, and the task's next ones are half
-    as long: no gradient tells the outer loop when its steps become too long.
+    `inner_steps` steps of gradient descent. A step that would lead uphill is not taken, and the task's next ones are
+    half as long: no gradient tells the outer loop when the steps become too long.
 
     Where the inner problem is solved, `initial = adapted + grad(support_loss)(adapted) / proximity`, so that
     `d adapted / d initial = (I + H / proximity)^-1` with `H` the Hessian of the support loss there, and the
-    meta-gradient is `(I + H / proximity)^-1 grad(query_loss)(adapted)`: a linear system, solved by `cg_steps` of
-    conjugate gradient, each of which needs one product of `H` with a vector. Nothing of the inner steps is kept.
+    meta-gradient is `(I + H / proximity)^-1 grad(query_loss)(adapted)`: a linear system, solved by `cg_steps` steps of
+    conjugate gradient, each of which needs one product of `H` with a vector. Nothing about the inner steps is stored.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
-        inner_lr: step size of the inner gradient descent, at first.
+        inner_lr: initial step size of the inner gradient descent.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         proximity: strength of the pull towards the initial parameters (the paper's lambda).
         cg_steps: steps of conjugate gradient; with 0 the meta-gradient is the gradient where adaptation ends, as in
             first-order MAML.
-        cg_damping: added to `proximity` in the linear system only. The further adaptation is from rest, the less the
-            formula is true; the more damping, the less of it is taken, down to first order. In the authors' code it
-            amounts to `proximity + 20`.
+        cg_damping: added to `proximity` in the linear system only. The further adaptation is from convergence, the less
+            accurate the formula; the more damping, the less of it is applied, down to first order. In the authors' code
+            it amounts to `proximity + 20`.
         fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
-        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
+        loss, inner_loss: functions of outputs and labels (see `AdaptingLearner`).
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs.
+        ValueError: if an episode does not have as many ways as the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -87,7 +87,7 @@ class ImplicitMAML(AdaptingLearner):
         self.inner_lr, self.proximity, self.cg_steps, self.cg_damping = inner_lr, proximity, cg_steps, cg_damping
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
-        """One step down the support loss and back towards the initial parameters, by the tasks that it leads down."""
+        """One step down each task's inner problem, taken by the tasks for which it leads downhill."""
         initial, rates = state or (parameters, episode.support_images.new_full((len(episode),), self.inner_lr))
         losses, gradients = self.support_gradients(parameters, episode)
         pulls = {n: gradients[n] + self.proximity * (p - initial[n]) for n, p in parameters.items()}
@@ -105,7 +105,7 @@ class ImplicitMAML(AdaptingLearner):
         return self.proximity / 2 * moved.pow(2).sum(1)
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
-        """The mean query loss, with its implicit gradient in the initial parameters."""
+        """The mean query loss, with its implicit gradient with respect to the initial parameters."""
         with torch.no_grad():
             adapted = leaves(self.adapt(episode))
         loss = self.query_loss(episode, adapted)
@@ -127,7 +127,7 @@ class ImplicitMAML(AdaptingLearner):
 
 
 def like(of_tasks: Shaped[Tensor, " task"], parameter: Tensor) -> Tensor:
-    """One number a task, in the shape that multiplies its parameter."""
+    """One number per task, shaped to multiply its parameter."""
     return of_tasks.view(-1, *[1] * (parameter.dim() - 1))
 
 

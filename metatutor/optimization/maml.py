@@ -1,8 +1,8 @@
 """Model-Agnostic Meta-Learning: learn the initial parameters from which one gradient step learns a task.
 
-And the variants that change a line of it: first-order MAML, ANIL (only the head adapts), BOIL (all but the head),
-Meta-SGD (learned rates of every parameter), and of MAML++ the learned rates of every layer and step, and the loss after
-every step.
+Also the variants that change a line of it: first-order MAML, ANIL (only the head adapts), BOIL (all but the head),
+Meta-SGD (a learned rate for every parameter), and, from MAML++, learned rates for every layer and step, and the loss
+after every step.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from metatutor.optimization.chunks import Compiled, tasks_that_fit
 
 
 class MAML(AdaptingLearner):
-    """Adapts a network to each task by gradient descent on its support set, from parameters made for that.
+    """Adapts a network to each task by gradient descent on its support set, from parameters trained to be adapted.
 
     Inner loop, for each task: `adapted = initial - inner_lr * grad(support_loss)(initial)`, `inner_steps` times.
     Outer loop: `initial -= outer_lr * grad(mean over tasks of query_loss(adapted(initial)))(initial)`. The outer
-    gradient goes *through* the inner one, exactly, unless `first_order`, which takes `d adapted / d initial`
-    for the identity.
+    gradient goes *through* the inner one, exactly, unless `first_order`, which treats `d adapted / d initial` as the
+    identity.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
         inner_lr: step size of adaptation; where it is learned, the initial one.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
-        test_inner_lr: step size in evaluation mode; default: `inner_lr`. First-order gradients do not tell the outer
-            loop that its steps lead too far.
+        test_inner_lr: step size in evaluation mode; default: `inner_lr`. First-order gradients cannot tell the outer
+            loop that the steps overshoot.
         first_order: leave the second derivatives out.
-        adapt: which parameters the inner loop changes: `"all"`, only the last layer, `"head"` (ANIL), or all but that,
-            `"body"` (BOIL).
+        adapt: which parameters the inner loop changes: `"all"`; `"head"`, only the last layer (ANIL); or `"body"`, all
+            but the last layer (BOIL).
         learned_lr: whether the outer loop learns step sizes too: one for every `"parameter"` (Meta-SGD), or one for
-            every tensor of a `"layer"` and every step (MAML++); a step of the test beyond those of training takes the
-            last one's.
-        multi_step_iterations: the outer loop begins by minimising the mean of the query losses after every inner step,
-            and moves within this many of its steps to that after the last one (MAML++).
+            every tensor of a `"layer"` and every step (MAML++); at test time, steps beyond those of training use the
+            rates of the last one.
+        multi_step_iterations: the outer loop starts by minimising the mean of the query losses after every inner step,
+            and shifts within this many of its steps to the loss after the last one (MAML++).
         fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
-            First-order gradients do not pull an initial layer that has come to prefer a number back to zero.
-        recompute: whether `meta_loss` keeps only the parameters between inner steps and computes each step again when
-            its gradient is due, for the time of one more pass each. On a CPU, fewer tasks go side by side the more
-            steps there are, so that memory does not grow with them. Not for networks with dropout, which is not the
-            same again.
+            If the initial layer comes to prefer a label, first-order gradients do not pull it back to zero.
+        recompute: whether `meta_loss` keeps only the parameters between inner steps and recomputes each step when its
+            gradient is needed, at the cost of one more pass per step. On a CPU, the more steps there are, the fewer
+            tasks run side by side, so that memory does not grow with the steps. Not for networks with dropout, which
+            would differ the second time.
         compiled: whether `meta_loss` is compiled in training, which takes a minute or more at the first call. This and
-            `recompute` are a matter of speed and memory, not of the result.
-        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
+            `recompute` affect speed and memory, not the result.
+        loss, inner_loss: functions of outputs and labels (see `AdaptingLearner`).
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs.
+        ValueError: if an episode does not have as many ways as the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -95,7 +95,7 @@ class MAML(AdaptingLearner):
         check_choice("adapt", adapt, ["all", "head", "body"])
         check_choice("learned_lr", learned_lr, ["none", "parameter", "layer"])
         if test_inner_lr is not None and learned_lr != "none":
-            raise ValueError("where rates are learned, the test takes them too; leave test_inner_lr out")
+            raise ValueError("where rates are learned, the test uses them too; leave test_inner_lr out")
         if inner_steps == 0 and (learned_lr != "none" or multi_step_iterations):
             raise ValueError("without inner steps there are no rates to learn and no steps to weight; see inner_steps")
         super().__init__(network, inner_steps, test_inner_steps, fixed_head, loss, inner_loss)
@@ -105,14 +105,14 @@ class MAML(AdaptingLearner):
         if adapt != "all":
             self.moving = [n for n in self.moving if (n in self.head_names()) == (adapt == "head")]
         if recompute and any(map(_drops_out, self.modules())):
-            raise ValueError("a step computed again would have another dropout; leave recompute out, or the dropout")
+            raise ValueError("a recomputed step would have different dropout; leave out recompute or the dropout")
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))
         self._compiled = Compiled(self._gradient_of_tensors) if compiled else None
 
     def tasks_at_once(self, episode: Episode) -> int:
-        """As many as fit, though `recompute` keeps parameters of every step."""
+        """As many as fit, given that `recompute` keeps the parameters of every step."""
         kept = self.inner_steps if self.recompute and self.training else 0
         return min(super().tasks_at_once(episode), tasks_that_fit(episode, self.network, kept))
 
@@ -156,7 +156,7 @@ class MAML(AdaptingLearner):
     # --- the loss after every step ---
 
     def step_weights(self, episode: Episode) -> Float[Tensor, " step"] | None:
-        """The weights of the query losses after each inner step, or None: only that after the last."""
+        """The weights of the query losses after each inner step, or None for only the last one."""
         n_steps, until = self.inner_steps, self.multi_step_iterations
         if not self.training or not until or self.multi_step_calls >= until:
             return None
@@ -177,7 +177,7 @@ class MAML(AdaptingLearner):
         with torch.no_grad():
             path = self.adaptation_path(episode)
         n_steps = len(path) - 1
-        others = {n: p for n, p in wanted.items() if not n.startswith("network.")}  # rates, or those of a loss
+        others = {n: p for n, p in wanted.items() if not n.startswith("network.")}  # rates, or parameters of a loss
         of_path = {n: torch.zeros_like(p) for n, p in path[-1].items()}  # d loss / d parameters after this step
         of_others = {n: torch.zeros_like(p) for n, p in others.items()}
         total = torch.zeros((), dtype=episode.query_images.dtype, device=episode.query_images.device)

@@ -26,20 +26,20 @@ class MetaLSTM(AdaptingLearner):
         parameter' = forget * parameter - enter * gradient
 
     where `h` is the output of an ordinary LSTM that watches the gradient and the loss, both preprocessed. All
-    parameters share the weights of these networks, each having a state of its own. The outer loop learns the weights,
-    and the initial parameters: the initial cell state. Gradients of the support loss are taken for constants, so that
-    there are no second derivatives.
+    parameters share the weights of these networks, but each has a state of its own. The outer loop learns the weights,
+    and the initial parameters: the initial cell state. Gradients of the support loss are treated as constants, so there
+    are no second derivatives.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
         inner_steps: steps of adaptation while training, each on the whole support set.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
-        hidden_size: of the LSTM that watches.
+        hidden_size: hidden units of the LSTM that watches.
         fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
-        loss, inner_loss: of outputs and labels (see `AdaptingLearner`).
+        loss, inner_loss: functions of outputs and labels (see `AdaptingLearner`).
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs.
+        ValueError: if an episode does not have as many ways as the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -68,13 +68,13 @@ class MetaLSTM(AdaptingLearner):
         check_positive(hidden_size=hidden_size)
         self.watch = nn.LSTMCell(4, hidden_size)
         self.forget, self.enter = (nn.Linear(hidden_size + 2, 1) for _ in range(2))
-        # At first nearly all is kept and little enters: gradient descent with a rate of about 0.01.
+        # Initially nearly everything is kept and little enters: gradient descent with a rate of about 0.01.
         for gate, (low, high) in ((self.forget, (4.0, 6.0)), (self.enter, (-5.0, -4.0))):
             nn.init.uniform_(gate.weight, -0.01, 0.01)
             nn.init.uniform_(gate.bias, low, high)
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
-        """One step of the LSTM, whose state is both of `watch`, and the two gates."""
+        """One step of the LSTM; the state is that of `watch`, and the two gates."""
         with torch.no_grad():
             losses, gradients = self.support_gradients(parameters, episode)
             gradient = flatten_tasks(gradients.values()).flatten()  # [task * parameter]

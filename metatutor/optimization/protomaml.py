@@ -16,17 +16,17 @@ from metatutor.functional import Parameters, call_method, class_means
 from metatutor.learner import Loss
 from metatutor.optimization.base import AdaptingLearner
 
-_LAYER = ("prototype weight", "prototype bias")  # no parameter of a module can be called so
+_LAYER = ("prototype weight", "prototype bias")  # no parameter of a module can have such a name
 
 
 class ProtoMAML(AdaptingLearner):
-    """Starts each task as a Prototypical Network does, and goes on by gradient descent on the support set.
+    """Starts each task as a Prototypical Network does, and continues with gradient descent on the support set.
 
     Minus the squared distance to a prototype `c` is linear in the embedding `f(x)`, up to a term that all classes
     share: `-|f(x) - c|² = 2 c · f(x) - |c|² - |f(x)|²`. So a last layer with the weights `2 c` and the bias `-|c|²`
-    answers as Prototypical Networks do. From there all parameters, its own too, take `inner_steps` steps. The
-    outer gradient goes through the steps, unless `first_order`, and through the prototypes. Since the layer is made
-    anew in every task, one learner takes tasks of any number of ways.
+    answers as Prototypical Networks do. From there all parameters, those of this layer included, take `inner_steps`
+    steps. The outer gradient goes through the steps, unless `first_order`, and through the prototypes. Since the layer
+    is made afresh for every task, one learner handles tasks with any number of ways.
 
     Args:
         network: the embedding `f`; a last layer, if it has one, is not used.
@@ -34,8 +34,8 @@ class ProtoMAML(AdaptingLearner):
         inner_steps: steps of adaptation while training; 0 is a Prototypical Network.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); default: `inner_steps`.
         first_order: leave the second derivatives out.
-        loss: of outputs and labels; default: cross-entropy.
-        inner_loss: what the inner loop descends, if that is another.
+        loss: function of outputs and labels; default: cross-entropy.
+        inner_loss: what the inner loop minimises, if not `loss`.
 
     Example:
         >>> from metatutor import ConvNet
@@ -69,11 +69,11 @@ class ProtoMAML(AdaptingLearner):
 
     @classmethod
     def outputs(cls, n_way: int, n_train_classes: int) -> None:
-        """An embedding will do."""
+        """An embedding is enough."""
 
     def initial_parameters(self, episode: Episode) -> Parameters:
-        """What every task starts from: the shared embedding, and the last layer that its prototypes make."""
-        # not the very tensors that the inner loop moves: its gradient is not to pass through the prototypes
+        """What every task starts from: the shared embedding, and the last layer made from its prototypes."""
+        # not the same tensors that the inner loop moves: its gradient must not pass through the prototypes
         embeddings = self.map_tasks(self._embed, super().initial_parameters(episode), episode.support_images)
         prototypes = class_means(embeddings, episode.support_labels, episode.n_way)
         layer = dict(zip(_LAYER, (2 * prototypes, -prototypes.pow(2).sum(-1)), strict=True))

@@ -19,32 +19,32 @@ _BETA, _EPSILON = 0.999, 1e-8  # Adam's second decay rate and what keeps it from
 
 
 class Reptile(AdaptingLearner):
-    """Adapts by steps of Adam on mini-batches of the support set; the outer loop moves to where they lead.
+    """Adapts by steps of Adam on mini-batches of the support set; the outer loop moves towards where they lead.
 
     Outer loop: `initial += outer_lr * (mean over tasks of adapted - initial)`. As a gradient for any optimizer:
     `meta_loss = 1/2 * mean over tasks of |initial - adapted|^2`, with `adapted` held fixed, has the gradient
-    `initial - mean of adapted`. Query images are not used in training: give tasks of more shots instead.
+    `initial - mean of adapted`. Query images are not used in training: give tasks with more shots instead.
 
     Inner loop: Adam without momentum, `p -= inner_lr * g / (sqrt(v / (1 - 0.999^t)) + 1e-8)`, where `v` decays by 0.999
-    and gains `0.001 * g^2`. In training, a step sees `shots_per_step` images of each class, the next ones in turn; at
-    the test, where there are few, all. As in the authors' code, Adam goes on where the tasks before have left it on the
-    average, also at the test. Were it to start anew with every task, its first steps would be of full length however
-    small the gradient, also where there is nothing but noise to follow.
+    and gains `0.001 * g^2`. In training, a step sees the next `shots_per_step` images of each class, in turn; at test
+    time, where there are few, it sees all. As in the authors' code, Adam continues from where, on average, previous
+    tasks left it, at test time too. If it were reset for every task, its first steps would have full length however
+    small the gradient, even with nothing but noise to follow.
 
-    To be transductive or not is a matter of the network's normalisation of the query images, `"batch"` or `"support"`;
+    Whether it is transductive depends on the network's normalisation of the query images, `"batch"` or `"support"`;
     training is the same.
 
     Args:
         network: maps `[n, channel, height, width]` and `n_support` to logits `[n, way]`.
-        inner_lr: of the inner Adam.
+        inner_lr: learning rate of the inner Adam.
         inner_steps: steps of adaptation while training.
         test_inner_steps: steps of adaptation in evaluation mode (`learner.eval()`); None: `inner_steps`.
-        shots_per_step: support images of each class in a mini-batch of training; None: the whole support set.
+        shots_per_step: support images of each class in a training mini-batch; None: the whole support set.
         fixed_head: whether the outer loop leaves the last layer's initial values alone, unlike the inner loop.
-        loss: of outputs and labels (see `AdaptingLearner`).
+        loss: function of outputs and labels (see `AdaptingLearner`).
 
     Raises:
-        ValueError: if an episode has other ways than the network has outputs.
+        ValueError: if an episode does not have as many ways as the network has outputs.
 
     Example:
         >>> from metatutor import ConvNet
@@ -79,7 +79,7 @@ class Reptile(AdaptingLearner):
         flat = torch.cat([p.detach().flatten() for p in self.network.parameters()])
         self.register_buffer("squares", torch.zeros_like(flat))
         self.register_buffer("filled", flat.new_zeros(()))
-        self._left: list[tuple[int, Tensor, Tensor]] = []  # by the tasks since the last outer step
+        self._left: list[tuple[int, Tensor, Tensor]] = []  # left by the tasks since the last outer step
 
     def outer_loss(self, episode: Episode) -> Float[Tensor, ""]:
         """Half the mean squared distance from the initial to the adapted parameters, which are held fixed."""
@@ -95,7 +95,7 @@ class Reptile(AdaptingLearner):
         return torch.stack(distances).sum() / (2 * len(episode))
 
     def after_step(self) -> None:
-        """Leave Adam where the tasks, on the average, have left it."""
+        """Set Adam's state to the average of the states that the tasks have left."""
         if self._left:
             sizes, squares, filled = zip(*self._left, strict=True)
             shares = torch.tensor(sizes).to(self.filled) / sum(sizes)
@@ -105,23 +105,23 @@ class Reptile(AdaptingLearner):
 
     def inner_step(self, parameters: Parameters, state: Any, episode: Episode, step: int) -> tuple[Parameters, Any]:
         """One step of Adam without momentum on the next mini-batch; the state is its mean squared gradient."""
-        before, filled = state or (self._of_tasks_before(), self.filled)  # where the tasks before left Adam
+        before, filled = state or (self._of_tasks_before(), self.filled)  # where previous tasks left Adam
         _, gradients = self.support_gradients(parameters, self._mini_batch(episode, step))
         squares = {n: _BETA * before[n] + (1 - _BETA) * g**2 for n, g in gradients.items()}
-        filled = _BETA * filled + (1 - _BETA)  # the same mean of ones: what Adam divides by, as it began at zero
+        filled = _BETA * filled + (1 - _BETA)  # the same mean of ones: Adam divides by it, having started at zero
         scales = {n: (s / filled).sqrt() + _EPSILON for n, s in squares.items()}
         moved = {n: p - self.inner_lr * gradients[n] / scales[n] for n, p in parameters.items()}
         return moved, (squares, filled)
 
     def _of_tasks_before(self) -> Parameters:
-        """The mean squared gradients that the tasks before left, `[1, ...]` by name, frozen parameters included."""
+        """The mean squared gradients that previous tasks left, `[1, ...]` by name, including frozen parameters."""
         return unflatten_tasks(self.squares[None], {n: p[None] for n, p in self.network.named_parameters()})
 
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
         """In training, the next shots of every class; after the last one, the first."""
         shots = self.shots_per_step if self.training else None
         n_support, labels, n_classes = episode.support_images.shape[1], episode.support_labels, episode.n_way
-        if labels.is_floating_point():  # a regression: one class, the points as they come
+        if labels.is_floating_point():  # a regression: one class, the points in order
             n_classes, labels = 1, torch.zeros_like(labels[..., 0])
         k_shot = n_support // n_classes
         if shots is None or shots >= k_shot:

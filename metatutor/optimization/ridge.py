@@ -19,17 +19,17 @@ class R2D2(EmbeddingLearner):
     With the support embeddings as the rows of `X` and their classes, one-hot, as the rows of `Y`,
     `W = argmin |X W - Y|² + penalty |W|² = Xᵀ (X Xᵀ + penalty I)⁻¹ Y`, and `logits = scale * f(query) W + shift`. The
     system has as many unknowns as there are support images, however long the embeddings are. The outer loop learns the
-    embedding, `penalty`, `scale` and `shift` by differentiating through the solution; of the first two, which are
-    positive, it learns the logarithms. (`shift` is the paper's; it is the same for all classes, so that no probability
-    depends on it.)
+    embedding, `penalty`, `scale` and `shift` by differentiating through the solution; of `penalty` and `scale`, which
+    are positive, it learns the logarithms. (`shift` is the paper's; it is the same for all classes, so that no
+    probability depends on it.)
 
     Args:
         network: the embedding `f` (see `EmbeddingLearner`).
-        penalty: the initial penalty of large weights. It is to be measured against squared lengths of embeddings.
+        penalty: the initial penalty on large weights, to be compared with the squared lengths of embeddings.
         scale: the initial factor that turns regressed zeros and ones into logits.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
-        loss: of logits and labels; default: cross-entropy.
+        loss: function of logits and labels; default: cross-entropy.
 
     Example:
         >>> from metatutor import ConvNet
@@ -58,7 +58,7 @@ class R2D2(EmbeddingLearner):
         self.shift = nn.Parameter(torch.zeros(()))
 
     def answer(self, episode: Episode) -> Logits:
-        """What the regression says of each query image, as logits."""
+        """The regression's prediction for each query image, as logits."""
         support, query = self.embed(episode)
         labels = F.one_hot(episode.support_labels, episode.n_way).to(support.dtype)
         return self.log_scale.exp() * query @ ridge(support, labels, self.log_penalty.exp()) + self.shift

@@ -130,7 +130,7 @@ FAULTS: dict[str, Callable[[Episode], Episode]] = {
     "not an image of these": lambda e: replace(e, support_images=255 * e.support_images),
     "images of several classes": lambda e: replace(e, query_labels=shifted(e.query_labels)),
     "in the support set too": lambda e: replace(e, query_images=by_class(e).support_images),
-    "there twice": lambda e: replace(e, query_images=e.query_images[:, [0, 0, 2, 3, 4, 5]]),
+    "appears twice": lambda e: replace(e, query_images=e.query_images[:, [0, 0, 2, 3, 4, 5]]),
     "the same class": lambda e: replace(
         by_class(e),
         support_images=by_class(e).support_images[:, [0, 1, 2, 3, 0, 1]],

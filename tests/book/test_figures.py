@@ -394,8 +394,8 @@ def test_a_wave_to_be_played_with_needs_no_network_and_has_its_labels() -> None:
     ("change", "message"),
     [
         ({"networks": {}}, "networks must name at least one network"),
-        ({"networks": {"a": ConvNet(1)}}, "networks['a'] must be an MLP of one input and one output, got ConvNet"),
-        ({"networks": {"a": MLP(2)}}, "networks['a'] must be an MLP of one input and one output, got MLP of 2 and 1"),
+        ({"networks": {"a": ConvNet(1)}}, "networks['a'] must be an MLP with one input and one output, got ConvNet"),
+        ({"networks": {"a": MLP(2)}}, "must be an MLP with one input and one output, got MLP with 2 and 1"),
         ({"points": torch.zeros(3)}, "points must be [n, 2], an x and a y in each row, got [3]"),
         ({"points": torch.zeros(2, 3)}, "points must be [n, 2], an x and a y in each row, got [2, 3]"),
         ({"points": torch.zeros(21, 2)}, "there is room for 20 points, got 21"),

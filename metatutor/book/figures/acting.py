@@ -22,7 +22,7 @@ def walks(
     """Walks before and after adaptation, a panel for each goal.
 
     Args:
-        panels: what stands above a panel to places before and after.
+        panels: title of a panel to places before and after.
         goals: where they should lead.
     """
     figure = picture(2.7 * ((len(panels) + 1) // 2) + 0.4)
@@ -40,15 +40,15 @@ def walks(
 
 
 def movable_goal(learner: MetaPolicy, *, goal: tuple[float, float] = (0.3, 0.25), steps: int = 2) -> Shown:
-    """A goal to be put down, and how a policy walks before and after it has adapted to it by policy gradients.
+    """A goal that the reader sets, and how a policy walks before and after it has adapted to it by policy gradients.
 
     The script holds the policy and the rates of its steps, rounded to 6 digits; it samples walks and adapts as
     `MetaPolicy` does.
 
     Args:
-        learner: whose policy.
-        goal: in the beginning.
-        steps: how many steps of adaptation can be taken at most.
+        learner: the one whose policy it is.
+        goal: the initial goal.
+        steps: the most steps of adaptation that can be taken.
 
     Raises:
         ValueError: if the goal lies outside, or there is no step.

@@ -17,7 +17,7 @@ _LEVELS = 127  # of an 8-bit weight, on either side of zero
 
 
 def drawn_alphabet(network: ConvNet) -> Shown:
-    """A pad to draw on, and what a network that embeds makes of the drawings, computed in the page.
+    """A pad to draw on, and what an embedding network makes of the drawings, computed in the page.
 
     Args:
         network: four max-pooling blocks of 64 filters with group normalisation for images of 28 × 28 pixels and nothing
@@ -56,7 +56,7 @@ def as_in_the_page(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed(network: ConvNet) -> bytes:
-    """What the page reads: of every block steps, scales and shifts, in float32; then the levels of every block."""
+    """What the page reads: for every block, steps, scales and shifts in float32; then the levels of every block."""
     wanted = {"filters": 64, "n_blocks": 4, "n_halving": None, "pooling": "max", "normalization": "group"}
     wanted |= {"hidden": (), "n_outputs": None, "in_channels": 1, "image_size": 28}
     have = {name: network.arguments[name] for name in wanted}

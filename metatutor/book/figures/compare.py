@@ -18,10 +18,10 @@ Point = tuple[float, float, float]  # cost, error and half the width of its inte
 def cost(families: Mapping[str, Mapping[str, Point]], *, x: str, y: str = "wrong answers") -> Picture:
     """Errors against a cost, both on logarithmic axes: the lower left corner is where one wants to be.
 
-    The names stand in a column at the right, from the worst to the best, each with a line to its point.
+    The names are in a column on the right, from the worst to the best, each with a line to its point.
 
     Args:
-        families: family, told by colour and marker, to method to cost, error (0–1) and half the width of its interval.
+        families: family, shown by colour and marker, to method to cost, error (0–1) and half the width of its interval.
         x, y: what the axes show, with the unit.
     """
     n_methods = sum(map(len, families.values()))
@@ -51,7 +51,7 @@ def cost(families: Mapping[str, Mapping[str, Point]], *, x: str, y: str = "wrong
 
 @styled
 def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Picture:
-    """Points in a plane, told apart by group.
+    """Points in a plane, distinguished by group.
 
     Args:
         groups: name to points.
@@ -69,7 +69,7 @@ def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Pic
 
 @styled
 def differences(rows: Mapping[str, tuple[float, float]], *, x: str) -> Picture:
-    """Differences with their intervals, one line each, and zero: an interval that keeps clear of it tells two apart.
+    """Differences with their intervals, one line each, and zero: an interval that excludes it separates two.
 
     Args:
         rows: name to difference and half the width of its interval, both as fractions; shown in percentage points.

@@ -52,7 +52,7 @@ def _compare(axes: Axes, episode: Episode) -> None:
 
 
 def _adapt(axes: Axes, episode: Episode) -> None:
-    """From the learned parameters a short way leads into the valley of each task."""
+    """From the learned parameters a short path leads into the valley of each task."""
     start, valleys = (4.7, 1.7), ((2.6, 2.8), (2.9, 0.9), (7.2, 2.4))
     axes.plot([9.6, 8.3, 7.4, 6.2, 5.4, start[0]], [0.5, 0.35, 0.8, 0.75, 1.3, start[1]], color=GREY, lw=1.4, ls="--")
     axes.text(7.7, 0.75, "meta-training", color=GREY)

@@ -37,7 +37,7 @@ def lines(
     percent: bool = False,
     levels: Mapping[str, float] | None = None,
 ) -> Picture:
-    """Curves over one another, told apart by colour, dash and marker.
+    """Curves over one another, distinguished by colour, dash and marker.
 
     Args:
         series: name to horizontal and vertical values and, if wanted, half the widths of their intervals.
@@ -112,7 +112,7 @@ def learning_curve(history: Sequence[Row], *, levels: Mapping[str, float] | None
 
 @styled
 def intervals(groups: Mapping[str, Mapping[str, tuple[float, float | None]]], *, x: str = "accuracy") -> Picture:
-    """Accuracies as points with their intervals, one line a method, in groups that are told apart.
+    """Accuracies as points with their intervals, one line per method, in separate groups.
 
     Args:
         groups: group to method to accuracy (0–1) and half the width of its interval; None where there is none.
@@ -136,7 +136,7 @@ def intervals(groups: Mapping[str, Mapping[str, tuple[float, float | None]]], *,
 
 @styled
 def by_layer(panels: Mapping[str, Mapping[str, Float[Tensor, " n"]]]) -> Picture:
-    """Numbers of every layer, one a task or parameter, in panels side by side, each with zero on its axis.
+    """Numbers of every layer, one per task or parameter, in panels side by side, each with zero on its axis.
 
     A tick is a number, a point the mean of a layer.
 
@@ -170,7 +170,7 @@ def bands(
     """Mean accuracies, or other means, with their 95% intervals: few as points with bars, many as a line with a band.
 
     Args:
-        series: name to accuracies (0–1), one a task, at each place of the horizontal axis.
+        series: name to accuracies (0–1), one per task, at each place of the horizontal axis.
         at: these places.
         x, y: what the axes show, with the unit.
         percent: whether the values are fractions, written as percentages.
@@ -198,12 +198,12 @@ def bands(
 
 @styled
 def certainty(accuracies: Float[Tensor, " task"], n: int) -> Picture:
-    """How far tasks lie apart, and how sure the mean of `n` of them is: what two kinds of ± say.
+    """How much tasks differ, and how certain the mean of `n` of them is: what two kinds of ± say.
 
     Above, the first `n` accuracies; below, the interval of every `n`, and whether it holds the mean of all.
 
     Args:
-        accuracies: one a task, 0–1.
+        accuracies: one per task, 0–1.
         n: tasks in a measurement.
     """
     figure = picture(5)

@@ -1,4 +1,4 @@
-"""A memory that fills as a stream goes by, to be stepped through in the static page."""
+"""A memory that fills as a stream goes by; readers can step through it in the static page."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def filling_memory(
     rows: int = 24,
     start: int | None = None,
 ) -> Shown:
-    """A MANN's memory as a stream goes by: what is asked, told and answered, and what is written and read.
+    """A MANN's memory as a stream goes by: what is shown, revealed and answered, and what is written and read.
 
     The reader goes from image to image by buttons or a slider, or lets the stream play. A row is a slot; the rows are
     those of `memory_steps`. The script holds the images and the numbers with 8 bits each.
 
     Args:
         images: the stream of one task.
-        labels: their classes; the label of an image is told with the next one.
+        labels: their classes; the label of an image is revealed with the next one.
         answers: what the learner answers to each; -1: no class.
         matrix: the memory after every image.
-        read_weights, write_weights: of every head.
-        usage: of every slot.
+        read_weights, write_weights: those of every head.
+        usage: that of every slot.
         rows: the most slots that are drawn.
         start: the image shown at first, from 0; default: the last one.
 

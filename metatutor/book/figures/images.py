@@ -39,10 +39,10 @@ def characters(rows: Mapping[str, Drawings]) -> Picture:
 
 @styled
 def redrawn(rows: Sequence[tuple[Drawing, Drawings]]) -> Picture:
-    """Rows of drawings: in a frame the one that was seen, beside it others of the same character.
+    """Rows of drawings: the one that was seen, framed, and beside it others of the same character.
 
     Args:
-        rows: what was seen, and the others, equally many in each row.
+        rows: what was seen, and the others, the same number in each row.
     """
     n = len(rows[0][1])
     figure = picture(len(rows) * WIDTH / (n + 1.4))
@@ -122,7 +122,7 @@ def _steps(n: int) -> list[str]:
 
 @styled
 def answers(episode: Episode, probabilities: Float[Tensor, "query way"], shown: Sequence[int]) -> Picture:
-    """One task at one moment: the support images by class; what chosen query images are taken for, and how surely.
+    """One task at one moment: the support images by class; what chosen query images are taken for, and how confidently.
 
     Args:
         episode: its first task is drawn.
@@ -178,7 +178,7 @@ def draw(
 
 
 def to_show(image: Drawing) -> Float[Tensor, "h w *rgb"]:
-    """What is seen of an image: the colours, `[h, w, 3]`, of three channels; of others the first, `[h, w]`, as ink.
+    """What is shown of an image: the colours, `[h, w, 3]`, of three channels, else the first channel, `[h, w]`, as ink.
 
     Example:
         >>> to_show(torch.zeros(3, 20, 28)).shape, to_show(torch.zeros(1, 20, 28)).shape

@@ -1,4 +1,4 @@
-"""Figures with which a reader can play in the static page: a script, and neither kernel nor network."""
+"""Figures that a reader can play with in the static page: a script, without kernel or network."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def movable_plane(
         support: places from -3 to 3 in both directions.
         labels: their classes.
         query: the place of the query point.
-        scale: of the cosines.
+        scale: factor of the cosines.
     """
     state = {
         "support": [[round(v, 4) for v in point] for point in support.tolist()],

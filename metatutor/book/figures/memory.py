@@ -104,7 +104,7 @@ def _memory(
 
 
 def chosen_slots(read_weights: Weights, write_weights: Weights, rows: int) -> list[int]:
-    """The slots that are read most, and of those that are never read the ones written most, sorted by first writing.
+    """The slots that are read most and, among those never read, the ones written most, sorted by first writing.
 
     Args:
         read_weights, write_weights: of every head after every image.
@@ -131,7 +131,7 @@ def chosen_slots(read_weights: Weights, write_weights: Weights, rows: int) -> li
 
 
 def first_written(write_weights: Weights) -> Int[Tensor, " slot"]:
-    """The image at which each slot is first written noticeably; the length of the stream: at none.
+    """The image at which each slot is first written noticeably; the length of the stream if there is none.
 
     Args:
         write_weights: of every head after every image.
@@ -226,7 +226,7 @@ def attention_on_support(
     Args:
         support_images: one task's, in any order; drawn class by class.
         support_labels: their classes.
-        query_image: what is asked.
+        query_image: the image to classify.
         weights: its attention to every support image and, last, to itself: rows that add up to 1.
         names: of the blocks, four at most.
         query_label: its class; the support images of that class are marked.
@@ -283,15 +283,15 @@ def fast_weights(
     attention: Float[Tensor, " support"],
     query_image: Drawing,
 ) -> Picture:
-    """The fast weights that every support image leaves in a Meta Network, and what a query image reads of them.
+    """The fast weights that every support image leaves in a Meta Network, and what a query image reads from them.
 
     Args:
-        fast: of one layer, a matrix an image; a row is an output.
+        fast: those of one layer, one matrix per image; a row is an output.
         support_images: one task's, few of them, in any order; drawn class by class.
         labels: their classes.
         read: the sum of the matrices, weighted by the attention.
         attention: how much the query image takes of each, 0–1.
-        query_image: what is asked.
+        query_image: the image to classify.
     """
     labels, order = labels.sort(stable=True)
     tables, images = torch.cat([fast[order], read[None]]), torch.cat([support_images[order], query_image[None]])

@@ -27,14 +27,14 @@ def plane(
     query: Float[Tensor, " 2"] | None = None,
     weights: Mapping[str, Float[Tensor, " n"]] | None = None,
 ) -> Picture:
-    """Points of the plane, and which class each of its places from -3 to 3 is given to.
+    """Points of the plane, and which class each of its places from -3 to 3 is assigned to.
 
     Args:
         support: the labelled points.
         labels: their classes.
         panels: title to a function from points to logits.
         crosses: title to further points, such as prototypes.
-        query: a point that is asked about.
+        query: a point to classify.
         weights: title to how much each support point counts for the query, 0–1, drawn as lines of that width.
     """
     columns = min(2, len(panels))
@@ -65,7 +65,7 @@ def plane(
 def embedding(
     episode: Episode, panels: Mapping[str, tuple[Float[Tensor, "support d"], Float[Tensor, "query d"]]]
 ) -> Picture:
-    """One task in the two directions in which its embeddings differ most, a panel a way to embed it.
+    """One task in the two directions in which its embeddings differ most, one panel for each way to embed it.
 
     Args:
         episode: its first task is drawn; 1-shot or more.
@@ -99,7 +99,7 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
 
     Args:
         panels: title to a table; its rows and columns are sorted by class.
-        classes: how many classes there are, of equal size; lines part them.
+        classes: how many classes there are, of equal size; lines separate them.
         unit: what a shade means.
     """
     figure = picture(WIDTH / len(panels) + 1.3)
@@ -125,7 +125,7 @@ def matrices(panels: Mapping[str, Float[Tensor, "n n"]], *, classes: int, unit: 
 
 @styled
 def confusions(rows: Float[Tensor, "n 3 channel h w"]) -> Picture:
-    """Query images that were mistaken, each beside the right support image and the one it was taken for.
+    """Query images that were misclassified, each beside the right support image and the one it was taken for.
 
     Args:
         rows: query image, support image of its class, support image of the class it was given.

@@ -1,4 +1,4 @@
-"""Pictures of adapting by gradient: where methods begin, how long and how far they step, where they go."""
+"""Pictures of adapting by gradient: where methods start, how long and how far they step, where they go."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def beginnings(
     x: str,
     y: str,
 ) -> Picture:
-    """Loss curves of tasks, and below them where each method begins.
+    """Loss curves of tasks, and below them where each method starts.
 
     Args:
         tasks: name to horizontal and vertical values.
@@ -48,7 +48,7 @@ def heat(
 
     Args:
         values: 0–1.
-        rows, columns: what stands beside and under them.
+        rows, columns: what is written beside and under them.
         y, x: what these are.
     """
     figure = picture(1.2 + 0.42 * len(rows), width=max(WIDTH, 0.5 * len(columns)))

@@ -20,11 +20,11 @@ SOURCE = "../_static/redraw.js"  # from a chapter's page
 def drawn_again(model: ConditionalVAE) -> Shown:
     """A pad to draw a character on, and twelve new drawings of it, computed in the page.
 
-    The weights, in 8 bits (see `eight_bits`), come with the figure where somebody sits at this kernel; in the built
-    book they are a file of their own, which is loaded when the reader draws something (see `script`).
+    The weights, in 8 bits (see `eight_bits`), come with the figure where somebody uses this kernel; in the built book
+    they are a separate file, which is loaded when the reader draws something (see `script`).
 
     Args:
-        model: what draws.
+        model: the model that draws.
     """
     layers, weights = layers_of(model), packed(model)
     size = f"{len(weights) / 1e6:.1f} MB"
@@ -47,7 +47,7 @@ def script(model: ConditionalVAE) -> str:
 
 
 def layers_of(model: ConditionalVAE) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weights and biases of what is needed to draw: all but what recognises."""
+    """Weights and biases of what is needed to draw: everything except what recognises."""
     named = dict(model.named_parameters())
     names = [n.removesuffix(".weight") for n in named if n.endswith(".weight") and not n.startswith("posterior.")]
     return {name: (named[f"{name}.weight"].detach(), named[f"{name}.bias"].detach()) for name in names}
@@ -59,7 +59,7 @@ def shape_of(weight: Tensor) -> tuple[int, int, int]:
 
 
 def packed(model: ConditionalVAE) -> str:
-    """What the page reads, in base64: of every layer the steps of its outputs, then biases, in float32; then levels."""
+    """What the page reads, in base64: for every layer, steps of its outputs and biases, in float32; then levels."""
     layers = layers_of(model).values()
     levels, steps = zip(*(eight_bits(weight) for weight, _ in layers), strict=True)
     floats = torch.cat([*steps, *(bias for _, bias in layers)]).numpy().astype(np.dtype("<f4"))

@@ -30,7 +30,7 @@ class Shown(str):
 
 
 class _Widget(Template):
-    """A page's piece whose gaps, `FILL_name`, are names to a linter of HTML, of CSS and of JavaScript."""
+    """A piece of a page whose gaps, `FILL_name`, look like names to linters of HTML, CSS and JavaScript."""
 
     delimiter = "FILL_"
     flags = re.NOFLAG
@@ -40,8 +40,8 @@ def widget(name: str, **fill: object) -> Shown:
     """A file of `widgets/`, each `FILL_name` in it replaced by the text of that name.
 
     Args:
-        name: of the file, without `.html`.
-        fill: gap to text; HTML where HTML is to stand. `FILL_scan` is what several widgets share, `scan.js`.
+        name: name of the file, without `.html`.
+        fill: gap to text; HTML where HTML belongs. `FILL_scan` is what several widgets share, `scan.js`.
 
     Returns:
         HTML, which a notebook shows.
@@ -58,16 +58,16 @@ def _file(name: str) -> str:
 
 
 def identity(kind: str, content: str) -> str:
-    """An id for a widget of a page: the same for the same content, another for another."""
+    """An id for a widget of a page: the same for the same content, different for different content."""
     return f"{kind}-{crc32(content.encode()):08x}"
 
 
 def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
-    """A table in Markdown; columns of figures stand to the right.
+    """A table in Markdown; columns of figures are aligned right.
 
     Args:
-        head: a title a column.
-        rows: one entry a column; anything that can be printed.
+        head: one title per column.
+        rows: one entry per column; anything that can be printed.
 
     Raises:
         ValueError: if a row is longer or shorter than the head.
@@ -91,17 +91,17 @@ _FIGURES = "0123456789+-−–."
 
 
 def _entry(entry: object) -> str:
-    """Thousands parted by commas, and no line break within 95.6 ± 0.4%."""
+    """Thousands separated by commas, and no line break within 95.6 ± 0.4%."""
     text = f"{entry:,}" if type(entry) is int else str(entry)
     return text.replace(" ± ", "\u00a0±\u00a0")
 
 
 def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
-    """Pictures of which the reader chooses one by a button, as HTML that needs no script, no kernel and no network.
+    """Pictures, one of which the reader chooses by a button, as HTML that needs no script, no kernel and no network.
 
     Args:
         frames: button to picture; all of one size.
-        alt: what the pictures show, for those who cannot see; the button's text is added.
+        alt: what the pictures show, for readers who cannot see them; the button's text is added.
 
     Returns:
         HTML, which a notebook shows.
@@ -124,5 +124,5 @@ def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:
 
 
 def live() -> bool:
-    """Whether somebody sits at this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build."""
+    """Whether somebody uses this kernel and can use a widget: in Jupyter, Colab or VS Code, not in a build."""
     return any(name in os.environ for name in ("JPY_SESSION_NAME", "COLAB_RELEASE_TAG", "VSCODE_PID"))

@@ -82,7 +82,7 @@ class Picture(Figure):
     """A figure that a notebook shows as SVG, whatever plotting backend is set, or none."""
 
     def svg(self) -> str:
-        """The figure as SVG; the same figure, the same text."""
+        """The figure as SVG; the same figure gives the same text."""
         with rc_context(settings()), io.StringIO() as file:
             self.savefig(file, format="svg", metadata={"Date": None})
             return file.getvalue()
@@ -97,7 +97,7 @@ def settings() -> dict[Any, Any]:
 
 
 def font_families(installed: Collection[str]) -> list[str]:
-    """Matplotlib's own font, and those that are asked for the characters it lacks; only such as are there.
+    """Matplotlib's own font, and those used for the characters it lacks; only fonts that are installed.
 
     Args:
         installed: the names of all fonts.

@@ -1,4 +1,4 @@
-"""Waves and the networks that learn them: curves after some steps, drawn, or to be tried in the static page."""
+"""Waves and the networks that learn them: curves after some steps, drawn, or to try in the static page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def waves(
     points: Float[Tensor, "n 2"],
     truth: Float[Tensor, " x"],
 ) -> Picture:
-    """A wave, the points of it that are known, and a network's curves after some inner steps, panel below panel.
+    """A wave, its known points, and a network's curves after some inner steps, panel below panel.
 
     Args:
         panels: title, such as the name of the initial parameters, to inner steps to the outputs for each `x`.
@@ -63,22 +63,22 @@ def adapting_wave(
     wave: Float[Tensor, " 2"] | None = None,
     waves: Sinusoids | None = None,
 ) -> Shown:
-    """Points to be put down and moved, and the curve that a network draws after some gradient steps on them.
+    """Points that the reader sets and moves, and the curve that a network draws after some gradient steps on them.
 
-    The reader chooses the points, the initial parameters, the number of steps and their size. Each step descends the
-    mean squared error of all points, as `MAML` does; an error above 10,000 is said to have diverged. The script holds
-    the networks, rounded to 6 digits.
+    The reader chooses the points, the initial parameters, the number of steps and their size. Each step goes down the
+    mean squared error of all points, as in `MAML`; an error above 10,000 counts as diverged. The script holds the
+    networks, rounded to 6 digits.
 
     Args:
-        networks: name to initial parameters; one number goes in, one comes out.
-        points: the support set at the beginning, `x` and `y` of each; 20 at most.
-        inner_lr: step size at the beginning; the reader may have a tenth to ten times of it.
+        networks: name to initial parameters; one input and one output.
+        points: the initial support set, `x` and `y` of each; 20 at most.
+        inner_lr: initial step size; the reader can choose from a tenth of it to ten times as much.
         steps: how many steps can be taken.
-        wave: amplitude and phase of the wave that the points are of, if it is to be drawn.
+        wave: amplitude and phase of the wave that the points come from, if it is to be drawn.
         waves: where new waves come from, and how far the axes reach; default: those of the MAML paper.
 
     Raises:
-        ValueError: if there is no network or one of another shape, or an argument is out of range.
+        ValueError: if there is no network or one with another shape, or an argument is out of range.
 
     Reference:
         Finn, Abbeel & Levine (2017), section 5.1 and figure 2.
@@ -117,8 +117,8 @@ def _check(
         inputs = _linears(network)[0].in_features if isinstance(network, MLP) else None
         if inputs != 1 or network.n_outputs != 1:
             raise ValueError(
-                f"networks[{name!r}] must be an MLP of one input and one output, "
-                f"got {type(network).__name__} of {inputs} and {network.n_outputs}"
+                f"networks[{name!r}] must be an MLP with one input and one output, "
+                f"got {type(network).__name__} with {inputs} and {network.n_outputs}"
             )
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be [n, 2], an x and a y in each row, got {list(points.shape)}")
