@@ -8,7 +8,6 @@ what a reader's browser makes of them.
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import re
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import axe_playwright_python
 import pytest
 from browser import BROWSER, Window, window
 from sources import ROOT
@@ -27,7 +27,7 @@ PAGES = sorted(
 )
 HEAVY, LANDING = 1_500_000, 400_000  # bytes of everything that a page loads, texts packed as servers send them
 RAW_TEX = re.compile(r"\\(?:begin|end|frac|mathcal|mathrm|theta|nabla|sum|text|lVert)\b|\$\$")
-AXE = Path(str(importlib.util.find_spec("axe_playwright_python").submodule_search_locations[0])) / "axe.min.js"
+AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 VISIBLE = """(() => { const copy = document.querySelector('article').cloneNode(true);
     for (const e of copy.querySelectorAll('pre, code, script, style, annotation, .katex')) e.remove();
     return copy.textContent })()"""

@@ -208,9 +208,7 @@ def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
     messages.add("Old title", "旧题")
     chinese.write_catalogue("index", messages, tmp_path)
     with (tmp_path / "warnings").open("w") as warnings:
-        app = Sphinx(
-            *[str(tmp_path)] * 2, str(tmp_path / "out"), str(tmp_path / "trees"), "dummy", status=None, warning=warnings
-        )
-        app.build()
+        source, out, trees = str(tmp_path), str(tmp_path / "out"), str(tmp_path / "trees")
+        Sphinx(source, source, out, trees, "dummy", status=None, warning=warnings).build()
     told = (tmp_path / "warnings").read_text()
     assert told.count("not translated into Chinese") == 1 and "New." in told
