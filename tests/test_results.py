@@ -21,7 +21,6 @@ from metatutor.memory.stream import StreamLearner
 from metatutor.runs import (
     VALIDATION_SEED,
     WEIGHTS_LIMIT,
-    Run,
     evaluate_run,
     load_run,
     read_evaluations,
@@ -32,12 +31,14 @@ from metatutor.runs import (
     study,
 )
 
-MOST_EPISODES, LEAST_EPISODES = 20, 4
-EXACT_EPISODES = 8  # where the answers of every task are recorded, which tell more than a mean does
+LEAST_EPISODES, MOST_EPISODES = 4, 20
+EXACT_EPISODES = 2, 4  # where the answers of every task are recorded, which tell far more than a mean does
 SEEN = 0.03  # how far off a network must be to be found out, where so many tasks tell
 RECORDED: dict[str, list[Any]] = json.loads((Path(__file__).parent / "recorded.json").read_text())
-RUNS = {name: load_run(name) for name in run_names()}
+run_of = cache(load_run)  # when a test asks for it, so that collecting tests is quick
 ANSWERS: dict[str, list[int]] = {row["name"]: row["right"] for row in study("comparison")}  # right ones, by task
+
+each_run = pytest.mark.parametrize("name", run_names())
 
 
 @cache
@@ -66,9 +67,11 @@ def test_every_name_and_every_weight_is_there_once() -> None:
     assert sum(map(len, weights)) < 24e6 and max(map(len, weights)) <= WEIGHTS_LIMIT
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
-def test_every_recorded_run_is_whole(run: Run) -> None:
+@each_run
+def test_every_recorded_run_is_whole(name: str) -> None:
+    run = run_of(name)
     about, learner = run.evaluation, run.learner()
+    assert run.test.stream == ("stream" in name)
     assert about["n_episodes"] >= (600 if run.config.regression else 1000)  # as many as the papers have
     assert about["parameters"] == sum(p.numel() for p in learner.parameters())
     assert about["device"] and about["torch"] and about["peak_memory_mib"] > 0
@@ -78,9 +81,10 @@ def test_every_recorded_run_is_whole(run: Run) -> None:
         assert len(about["accuracy_by_instance"]) == about["k_shot"]
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
-def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(run: Run) -> None:
+@each_run
+def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(name: str) -> None:
     """Where an evaluation is of such tasks as the training was validated on, under the same arguments."""
+    run = run_of(name)
     test, tasks = run.test, run.config.validation_spec
     alike = (test.n_way, test.k_shot, test.stream) == (tasks.n_way, tasks.k_shot, run.config.validation.stream)
     if run.history and not run.config.regression and alike and not test.learner and not test.network:
@@ -91,14 +95,15 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(run: Run
 # --- what the weights give ---
 
 
-@pytest.mark.parametrize("run", RUNS.values(), ids=lambda run: run.name)
-def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
+@each_run
+def test_recorded_weights_give_the_recorded_accuracy(name: str) -> None:
     """On so many tasks as their interval wants, and task by task where that was recorded."""
+    run = run_of(name)
     splits, recorded = splits_of(run.config.data), recorded_accuracy(run.name)
     waves = run.config.regression  # they cost little: all of them, so only rounding may differ
     exact, few_queries = run.name in ANSWERS, run.name.endswith(PUBLISHED)
-    most = EXACT_EPISODES if exact else MOST_EPISODES
-    wanted = most if few_queries else min(most, episodes_for(recorded))
+    least, most = EXACT_EPISODES if exact else (LEAST_EPISODES, MOST_EPISODES)
+    wanted = most if few_queries else min(most, max(least, episodes_for(recorded)))
     n_episodes = recorded.n_episodes if waves else wanted
     found = evaluate_run(run.folder, replace(run.test, n_episodes=n_episodes), splits=splits)
     for field in ("n_way", "k_shot", "n_query", "seed", "split", "normalization", "transductive", "metric"):
@@ -115,7 +120,7 @@ def test_recorded_weights_give_the_recorded_accuracy(run: Run) -> None:
 def episodes_for(recorded: Evaluation) -> int:
     """As many tasks as it takes to tell a mean from one that is `SEEN` away."""
     deviation = torch.tensor(recorded.ci95).max().item() / 1.96 * recorded.n_episodes**0.5
-    return max(LEAST_EPISODES, round((4 * deviation / SEEN) ** 2))
+    return round((4 * deviation / SEEN) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +129,7 @@ def episodes_for(recorded: Evaluation) -> int:
 )
 def test_the_last_row_of_a_history_is_validated_as_the_configuration_says(name: str, near: float) -> None:
     """First-order MAML by its own steps, not the shorter ones of the test; MANN on longer streams than in training."""
-    run = RUNS[name]
+    run = run_of(name)
     learner = replace(run.config).build(1)
     learner.load_state_dict(run.learner().state_dict())
     sampler = splits_of(run.config.data).validation.sampler(run.config.validation_spec, seed=VALIDATION_SEED)
@@ -134,13 +139,13 @@ def test_the_last_row_of_a_history_is_validated_as_the_configuration_says(name: 
 
 # --- streams ---
 
-STREAMS = [run for run in RUNS.values() if run.test.stream]
+each_stream = pytest.mark.parametrize("name", [name for name in run_names() if "stream" in name])
 
 
-@pytest.mark.parametrize("run", STREAMS, ids=lambda run: run.name)
-def test_first_instances_of_a_stream_are_guessed(run: Run) -> None:
+@each_stream
+def test_first_instances_of_a_stream_are_guessed(name: str) -> None:
     """Who guesses among the labels not yet told is right with 1/n, 1/(n - 1), ..., 1; more is a leak."""
-    recorded = run.evaluation
+    recorded = run_of(name).evaluation
     n_way, first, ci95 = recorded["n_way"], recorded["accuracy_by_instance"][0], recorded["ci95_by_instance"][0]
     honest = sum(1 / (n_way - told) for told in range(n_way)) / n_way
     assert 1 / n_way - ci95 < first < honest
@@ -148,9 +153,10 @@ def test_first_instances_of_a_stream_are_guessed(run: Run) -> None:
         assert first - ci95 < 0.37  # the paper's MANN: 36.4%
 
 
-@pytest.mark.parametrize("run", STREAMS, ids=lambda run: run.name)
-def test_a_recorded_network_never_knows_a_label_early(run: Run) -> None:
+@each_stream
+def test_a_recorded_network_never_knows_a_label_early(name: str) -> None:
     """Other labels from a picture on leave every answer up to that picture as it was, and change later ones."""
+    run = run_of(name)
     learner, n_way = run.learner(), run.config.n_way
     assert isinstance(learner, StreamLearner) and learner.labels == "one-hot"
     generator = torch.Generator().manual_seed(0)

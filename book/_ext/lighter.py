@@ -1,4 +1,4 @@
-"""Built pages without what no page shows: scripts and fonts of icons, the index of the search."""
+"""Built pages without what no page shows, scripts and fonts of icons and the index of the search, and mended lists."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 
 ICONS_BY_SCRIPT = re.compile(r"<script[^>]*scripts/fontawesome\.js[^>]*></script>\s*")  # the style sheet draws them too
+ARGUMENTS = re.compile(r"<dl>\s*((?:<dd>.*?</dd>\s*)+)</dl>", re.DOTALL)  # of a signature: a list without terms
 SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\s*')
 OF_AN_ICON = re.compile(r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\([0-9a-f]+)"\}')
 ESCAPED, PRIVATE = re.compile(r"\\([ef][0-9a-f]{3})\b"), re.compile("[\ue000-\uf8ff]")  # where fonts keep icons
@@ -19,6 +20,8 @@ def lighten(edition: Path) -> None:
     shown: set[str] = set()
     for path in sorted(edition.rglob("*.html")):
         page = ICONS_BY_SCRIPT.sub("", path.read_text(encoding="utf-8"))
+        page = ARGUMENTS.sub(lambda found: _as_lines(found[1]), page)
+        page = page.replace('role="list" class="citation-list"', 'class="citation-list"')  # its entries are no items
         if path.name != "search.html":
             page = SEARCH.sub("", page)
         shown.update(re.findall(r"\bfa-([\w-]+)", page))
@@ -28,6 +31,12 @@ def lighten(edition: Path) -> None:
     wanted = codes("".join(path.read_text(encoding="utf-8") for path in sorted(static.rglob("*.css"))), shown)
     for font in sorted((static / "vendor/fontawesome/webfonts").glob("*.woff2")):
         _keep_glyphs(font, wanted)
+
+
+def _as_lines(arguments: str) -> str:
+    """What Sphinx writes as a list of definitions of nothing, over which screen readers stumble."""
+    lines = arguments.replace("<dd>", '<span class="mt-argument">').replace("</dd>", "</span>")
+    return f"<span>{lines}</span>"
 
 
 def codes(styles: str, shown: set[str]) -> set[int]:

@@ -24,6 +24,7 @@ from metatutor.book import figures
 from metatutor.book.figures.alphabet import as_in_the_page, eight_bits
 from metatutor.data import Omniglot, omniglot
 from metatutor.episodes import EpisodeSpec
+from metatutor.files import members
 from metatutor.runs import load_run
 
 BITMAP = 105
@@ -114,9 +115,11 @@ def omniglot_bitmaps(characters: range) -> np.ndarray:
     wanted = [names[i] for i in characters]
     found: dict[str, list[np.ndarray]] = {name: [] for name in wanted}
     for part in omniglot._PARTS:
-        for path, bitmap in omniglot._bitmaps(omniglot._locate(None, part, False), part):
-            if (name := path.removeprefix(part.inside).rpartition("/")[0]) in found:
-                found[name].append(~bitmap)
+        source = omniglot._locate(None, part, False)
+        with members(source, source.parent if part.inside else source) as (files, read):
+            for path in sorted(files):
+                if (name := path.removeprefix(part.inside).rpartition("/")[0]) in found and path.endswith(".png"):
+                    found[name].append(~omniglot._bitmap(read, path))
     return np.stack([np.stack(found[name]) for name in wanted])
 
 
