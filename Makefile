@@ -58,10 +58,10 @@ types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
-	$(BIN)/python -m pytest -q --numprocesses auto --dist loadgroup --durations=10
+	$(BIN)/python -m pytest -q --numprocesses auto --durations=10
 
 oldest: $(OLDEST)/.installed ## only the unit tests, with the oldest packages that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --dist loadgroup --durations=10
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --durations=10
 
 $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)

@@ -34,7 +34,6 @@ from metatutor.episodes import EpisodeSampler, EpisodeSpec
 
 OFFICIAL = module._OFFICIAL  # before a test replaces it
 REAL = os.environ.get("METATUTOR_DATA")
-pytestmark = pytest.mark.xdist_group("omniglot")  # one worker, so that the real one is decoded once
 needs_omniglot = pytest.mark.skipif(not REAL, reason="set METATUTOR_DATA to a folder with the real Omniglot")
 CHARACTERS = {
     "images_background": ["Greek/character01", "Greek/character02", "Latin/character01"],
