@@ -78,18 +78,17 @@ $(EXECUTED)/.done: $(INSTALLED) $(NOTEBOOKS) $(SOURCES)
 
 book: $(EXECUTED)/.done ## build both editions, English and Chinese, of the executed notebooks, warnings being errors
 	@$(BIN)/python book/_ext/editions.py sources $(EXECUTED) _build/source
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync edition-en edition-zh
+	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) edition-en edition-zh
 	@$(BIN)/python book/_ext/editions.py site _build
 	$(BIN)/python book/_ext/check_pages.py _build/html
-	$(BIN)/python -m pytest -q -p no:cacheprovider --numprocesses auto tests/book/built_pages.py
+	$(BIN)/python -m pytest -q -p no:cacheprovider -rs --numprocesses auto tests/book/built_pages.py
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
 edition-%:
 	$(BIN)/jupyter-book build --all -n -W --keep-going --path-output _build/$* _build/source/$*
 
 translations: $(EXECUTED)/.done ## after a change of the English: bring the catalogues of the Chinese edition up to date
-	@$(BIN)/python book/_ext/editions.py sources $(EXECUTED) _build/source
-	@sed -i.bak 's/metatutor_address:.*/&\n    metatutor_collect: true/' _build/source/en/_config.yml
+	@$(BIN)/python book/_ext/editions.py sources $(EXECUTED) _build/source collect
 	$(BIN)/jupyter-book build --all --quiet --builder custom --custom-builder dummy --path-output _build/messages _build/source/en
 	$(BIN)/python book/_ext/chinese.py update _build/messages/_build/dummy
 

@@ -91,6 +91,7 @@ class EmbeddingLearner(NetworkLearner):
         n_support = episode.support_images.shape[1]
         images = torch.cat([episode.support_images, episode.query_images], dim=1)
         embeddings = self.of_tasks(lambda of_task: self.network.embed(of_task, n_support), images)
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))  # what is compared, exactly
         return embeddings[:, :n_support], embeddings[:, n_support:]
 
     def of_tasks(self, function, *tensors: Tensor) -> Tensor:

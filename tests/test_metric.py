@@ -24,7 +24,7 @@ from metatutor import (
     TrainConfig,
     train,
 )
-from metatutor.backbones import Normalization
+from metatutor.backbones import Normalization, backbone
 from metatutor.embedding import EmbeddingLearner
 from metatutor.metric.prototypical import Distance, similarity
 from metatutor.testing import check_learner
@@ -90,9 +90,12 @@ def test_prototypical_by_a_loop(distance):
     assert torch.allclose(method(task)[0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("distance", get_args(Distance))
 @pytest.mark.parametrize("k_shot", [1, 2])
-def test_every_image_is_a_support_image_in_turn(k_shot: int):
-    task, method = episode(2, k_shot=k_shot, n_query=3), Prototypical(small(), in_turn=True)
+def test_every_image_is_a_support_image_in_turn(k_shot: int, distance: Distance):
+    smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
+    task = episode(2, k_shot=k_shot, n_query=3)
+    method = Prototypical(small(), distance=distance, in_turn=True, loss=smooth)
     losses = []
     for i in range(2):
         support, query = embeddings(method, task.task(i))
@@ -102,10 +105,10 @@ def test_every_image_is_a_support_image_in_turn(k_shot: int):
             centres = [rows[chosen].mean(0) for rows in of_class]
             for c, rows in enumerate(of_class):
                 for j in set(range(n)) - set(chosen):
-                    distances = torch.stack([((rows[j] - centre) ** 2).sum() for centre in centres])
-                    losses.append(-(-distances).log_softmax(0)[c])
+                    logits = similarity(rows[j][None, None], torch.stack(centres)[None], distance)[0]
+                    losses.append(smooth(logits, torch.tensor([c])))
     assert close(method.meta_loss(task), torch.stack(losses).mean())
-    plain = Prototypical(method.network)
+    plain = Prototypical(method.network, distance=distance, loss=smooth)
     assert close(method(task), plain(task))  # answers are as ever, and so is fine-tuning
     assert close(method.finetune_loss(task), plain.finetune_loss(task))
 
@@ -118,10 +121,22 @@ def test_classes_of_unlike_size_cannot_take_turns():
         Prototypical(small(), in_turn=True).meta_loss(uneven)
 
 
-@every_method
-def test_trains_in_lower_precision(name: str):
-    """A network whose embeddings come in full precision; what is made of them stays near to what it was."""
-    task, method = episode(2).to(torch.float32), METHODS[name](ResNet(widths=(8,), image_size=8))
+def ends_in_a_layer() -> nn.Module:
+    """Whose embeddings come in bfloat16 under autocast, and are far from zero."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
+    nn.init.constant_(network[1].bias, 3.0)
+    return network
+
+
+LOWER = [(name, "residual") for name in METHODS] + [(name, "linear") for name in METHODS if "relation" not in name]
+
+
+@pytest.mark.parametrize(("name", "network"), LOWER)
+def test_trains_in_lower_precision(name: str, network: str):
+    """Embeddings may be rounded; what is made of them is exact, and stays near to what it was."""
+    made = ResNet(widths=(8,), image_size=8) if network == "residual" else ends_in_a_layer()
+    task, method = episode(2).to(torch.float32), METHODS[name](backbone(made, head="", image_shape=(1, 8, 8)))
     exact = method.meta_loss(task)
     with torch.autocast("cpu", torch.bfloat16):
         assert method.meta_loss(task).item() == pytest.approx(exact.item(), rel=0.05, abs=0.05)
@@ -254,7 +269,9 @@ def test_renaming_the_classes_renames_the_logits(name: str):
     assert close(method(renamed), method(task).roll(1, dims=-1))
 
 
-@pytest.mark.parametrize("name", ["prototypical, euclidean", "prototypical, cosine", "relation, cross-entropy"])
+@pytest.mark.parametrize(
+    "name", ["prototypical, euclidean", "prototypical, cosine", "prototypical, in turn", "relation, cross-entropy"]
+)
 def test_variants_keep_the_contract_too(name: str):
     check_learner(learner(name))
 

@@ -97,7 +97,7 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(name: st
 
 @each_run
 def test_recorded_weights_give_the_recorded_accuracy(name: str) -> None:
-    """On so many tasks as their interval wants, and task by task where that was recorded."""
+    """Answer by answer on a few tasks where answers were recorded, else on so many tasks as their interval wants."""
     run = run_of(name)
     splits, recorded = splits_of(run.config.data), recorded_accuracy(run.name)
     waves = run.config.regression  # they cost little: all of them, so only rounding may differ
@@ -110,7 +110,8 @@ def test_recorded_weights_give_the_recorded_accuracy(name: str) -> None:
         assert getattr(found, field) == getattr(recorded, field)
     if exact:
         right = found.values * recorded.n_way * recorded.n_query
-        assert (right - torch.tensor(ANSWERS[run.name][:n_episodes])).abs().max() < 1.5  # rounding may turn one answer
+        turned = (right - torch.tensor(ANSWERS[run.name][:n_episodes])).abs()
+        assert turned.max() < 1.5 and turned.sum() < 2.5  # rounding may turn an answer, in two tasks at most
     # Four standard errors of a mean over so few tasks.
     allowed = 1 / 4 if waves else 4 / 1.96 * (recorded.n_episodes / n_episodes) ** 0.5
     mean, expected, ci95 = (torch.tensor(x) for x in (found.mean, recorded.mean, recorded.ci95))

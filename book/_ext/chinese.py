@@ -106,7 +106,9 @@ _PROMPTS = ("code_prompt_show", "code_prompt_hide")
 def _alternative_texts(source: str) -> Iterator[str]:
     without_magics = re.sub(r"^([ \t]*)[%!].*", r"\1pass", source, flags=re.MULTILINE)
     for node in ast.walk(ast.parse(without_magics)):
-        if isinstance(node, ast.keyword) and node.arg == "alt" and isinstance(node.value, ast.Constant):
+        if isinstance(node, ast.keyword) and node.arg == "alt":
+            if not isinstance(node.value, ast.Constant):
+                raise ValueError(f"alt={ast.unparse(node.value)} cannot be translated; write its text there")
             yield str(node.value.value)
 
 

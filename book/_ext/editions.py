@@ -23,6 +23,8 @@ IN_CHINESE = {
     "gettext_compact": False,
     "nb_code_prompt_show": "显示代码",
     "nb_code_prompt_hide": "隐藏代码",
+    "togglebutton_hint": "点击显示",
+    "togglebutton_hint_hide": "点击隐藏",
 }
 FOOTER = "<p>文字和代码采用 MIT 许可证；图中所示，是已记录的训练测得的结果。</p>"
 PAGE = """\
@@ -51,14 +53,14 @@ LANGUAGES = """\
 LOST = '<p>There is no such page in this book.</p>\n<p lang="zh">本书没有这个页面。</p>\n'
 
 
-def config(language: str) -> dict[str, Any]:
-    """The book's settings for one edition; notebooks have been executed already."""
+def config(language: str, collect: bool = False) -> dict[str, Any]:
+    """The book's settings for one edition, in which messages are collected or not; notebooks are executed already."""
     settings = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     settings["execute"]["execute_notebooks"] = "off"
     address, folder = settings["html"]["baseurl"], chinese.FOLDERS[language]
     settings["html"]["baseurl"] = f"{address}{folder}/"
     options = settings["sphinx"]["config"]
-    options |= {"metatutor_address": address, "ogp_site_url": f"{address}{folder}/"}
+    options |= {"metatutor_address": address, "metatutor_collect": collect, "ogp_site_url": f"{address}{folder}/"}
     if language == "zh_CN":
         options |= IN_CHINESE
         settings["repository"]["branch"] = "zh"  # where Colab finds notebooks with Chinese text
@@ -66,7 +68,7 @@ def config(language: str) -> dict[str, Any]:
     return settings
 
 
-def write_sources(executed: Path, folder: Path) -> None:
+def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
     """A folder of sources for each edition: prose, executed notebooks, settings."""
     shutil.rmtree(folder, ignore_errors=True)
     for language, name in chinese.FOLDERS.items():
@@ -76,7 +78,7 @@ def write_sources(executed: Path, folder: Path) -> None:
         for english, translated in chinese.translations("book/index").items() if language == "zh_CN" else ():
             contents = contents.replace(f"caption: {english}\n", f"caption: {translated}\n")
         (sources / "_toc.yml").write_text(contents, encoding="utf-8")
-        written = yaml.safe_dump(config(language), allow_unicode=True, sort_keys=False)
+        written = yaml.safe_dump(config(language, collect), allow_unicode=True, sort_keys=False)
         (sources / "_config.yml").write_text(written, encoding="utf-8")
         (sources / "notebooks").mkdir()
         for path in sorted(executed.glob("*.ipynb")):
@@ -94,6 +96,10 @@ def write_site(folder: Path) -> None:
     for name in chinese.FOLDERS.values():
         shutil.move(folder / name / "_build/html", site / name)
         lighten(site / name)
+    for path in sorted((site / "zh/_sources/notebooks").glob("*.ipynb")):  # what the button for downloads gives
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        translated, _ = chinese.in_chinese(notebook, chinese.translations(f"notebooks/{path.stem}"))
+        path.write_text(json.dumps(translated, indent=1, ensure_ascii=False), encoding="utf-8")
     address = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]
     (site / "index.html").write_text(PAGE.format(head=CHOOSE, body=LANGUAGES.format(up="")), encoding="utf-8")
     lost = LOST + LANGUAGES.format(up=address)  # shown at any depth, so its links are whole addresses
@@ -117,5 +123,7 @@ def _entry(address: str, name: str, page: str) -> str:
 
 
 if __name__ == "__main__":
-    paths = [Path(path) for path in sys.argv[2:]]
-    {"sources": write_sources, "site": write_site}[sys.argv[1]](*paths)
+    if sys.argv[1] == "sources":
+        write_sources(Path(sys.argv[2]), Path(sys.argv[3]), collect="collect" in sys.argv[4:])
+    else:
+        write_site(Path(sys.argv[2]))

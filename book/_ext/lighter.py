@@ -9,7 +9,9 @@ from fontTools import subset
 from fontTools.ttLib import TTFont
 
 ICONS_BY_SCRIPT = re.compile(r"<script[^>]*scripts/fontawesome\.js[^>]*></script>\s*")  # the style sheet draws them too
-ARGUMENTS = re.compile(r"<dl>\s*((?:<dd>.*?</dd>\s*)+)</dl>", re.DOTALL)  # of a signature: a list without terms
+ARGUMENTS = re.compile(
+    r"<dl>\s*((?:<dd>(?:(?!</?d[dlt]\b).)*</dd>\s*)+)</dl>", re.DOTALL
+)  # of a signature: a list without terms
 SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\s*')
 OF_AN_ICON = re.compile(r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\([0-9a-f]+)"\}')
 ESCAPED, PRIVATE = re.compile(r"\\([ef][0-9a-f]{3})\b"), re.compile("[\ue000-\uf8ff]")  # where fonts keep icons

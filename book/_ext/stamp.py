@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[2]
-TEXT_FILES = {".md", ".ipynb", ".toml", ".yml", ".yaml", ".cff", ".py", ".html", ".js", ".svg"}
+TEXT_FILES = {".md", ".ipynb", ".toml", ".yml", ".yaml", ".cff", ".py", ".html", ".js", ".svg", ".po"}
 
 # A file of each kind that cannot do without the address, and what it must say.
 MUST_REPEAT = {
