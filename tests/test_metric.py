@@ -124,9 +124,9 @@ def test_classes_of_unlike_size_cannot_take_turns():
 def ends_in_a_layer() -> nn.Module:
     """Whose embeddings come in bfloat16 under autocast, and are far from zero."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
-    nn.init.constant_(network[1].bias, 3.0)
-    return network
+    layer = nn.Linear(64, 16)
+    nn.init.constant_(layer.bias, 3.0)
+    return nn.Sequential(nn.Flatten(), layer)
 
 
 LOWER = [(name, "residual") for name in METHODS] + [(name, "linear") for name in METHODS if "relation" not in name]
