@@ -27,8 +27,8 @@ class EmbeddingLearner(NetworkLearner):
     `meta_loss`.
 
     With `finetune_steps` the parameters are first adapted to the task, by gradient descent on `finetune_loss`, with the
-    support images as their own queries. This is what the source article proposes, and what none of the papers does. The
-    outer loop trains without fine-tuning.
+    support images as their own queries. This is what the source article proposes; of the papers, only one row of
+    Vinyals et al. (2016) does it. The outer loop trains without fine-tuning.
 
     Args:
         network: the embedding. If it is one of the package's networks and has a last layer, that layer is not used; the

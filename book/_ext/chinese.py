@@ -61,18 +61,15 @@ def is_words(message: str) -> bool:
     return not message.startswith("\n") and bool(re.search(r"[A-Za-z]{2}", left))
 
 
-def updated(messages: list[str], old: Catalog) -> Catalog:
-    """The catalogue of these messages, with the translations of an older one; those of similar messages are fuzzy."""
+def updated(messages: list[str], catalogue: Catalog) -> Catalog:
+    """A catalogue that has become one of these messages, in their order; translations of similar ones are fuzzy."""
     template = Catalog(locale="zh_CN")
     for message in messages:
         template.add(message)
-    old.update(template, no_fuzzy_matching=False, update_header_comment=False)
-    old.obsolete.clear()
-    ordered = Catalog(locale="zh_CN", fuzzy=False)
-    for message in messages:
-        found = old[message]
-        ordered.add(message, (found and found.string) or "", flags=found.flags if found else ())
-    return ordered
+    catalogue.update(template)
+    catalogue.obsolete.clear()
+    catalogue.fuzzy = False  # its header
+    return catalogue
 
 
 def write_catalogue(page: str, messages: Catalog, root: Path = ROOT) -> None:
@@ -207,13 +204,13 @@ def _is_output(node: Any) -> bool:
 
 def _other_language(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
     """A button to the same page in the other language, and where both are, for search engines."""
-    if app.builder.format != "html" or page in ("search", "genindex", "py-modindex") or page.startswith("_modules"):
+    root, of_the_book = app.config.metatutor_address, page.startswith(("book/", "notebooks/"))
+    if app.builder.format != "html" or not root or not of_the_book:  # without an address there is one edition only
         return
     [other] = set(NAMES) - {app.config.language}
     up = "../" * (page.count("/") + 1)
     button = {"type": "link", "url": f"{up}{FOLDERS[other]}/{page}.html", "text": NAMES[other], "label": "language"}
     context.setdefault("header_buttons", []).insert(0, button)
-    root = app.config.metatutor_address
     links = [f'<link rel="alternate" hreflang="{FOLDERS[x]}" href="{root}{FOLDERS[x]}/{page}.html" />' for x in NAMES]
     context["metatags"] = context.get("metatags", "") + "\n".join(links)
 
@@ -226,6 +223,9 @@ def _write(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     """Connect the extension to Sphinx."""
+    from sphinx.search import languages
+
+    languages["zh"] = "chinese_search.ChineseSearch"
     app.add_config_value("metatutor_collect", False, "env")
     app.add_config_value("metatutor_address", "", "html")
     app.connect("doctree-read", _collect)
@@ -242,9 +242,8 @@ def update(folder: Path) -> int:
     """Bring the catalogues up to date with the messages that a build wrote into `folder`; list what is to be done."""
     todo = 0
     for page, messages in json.loads((folder / "messages.json").read_text(encoding="utf-8")).items():
-        new = updated(messages, catalogue(page))
-        write_catalogue(page, new)
-        for message in new:
+        write_catalogue(page, updated(messages, catalogue(page)))
+        for message in catalogue(page):
             if message.id and (message.fuzzy or not message.string):
                 todo += 1
                 print(f"{page}: {'fuzzy' if message.fuzzy else 'untranslated'}: {str(message.id)[:100]}")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import axe_playwright_python
 import pytest
@@ -26,7 +26,7 @@ PAGES = sorted(
     p for name in ("en", "zh") for part in ("book", "notebooks") for p in (SITE / name / part).glob("*.html")
 )
 HEAVY, LANDING = 1_500_000, 400_000  # bytes of everything that a page loads, texts packed as servers send them
-RAW_TEX = re.compile(r"\\(?:begin|end|frac|mathcal|mathrm|theta|nabla|sum|text|lVert)\b|\$\$")
+RAW_TEX = re.compile(r"\\[(\[]|\\(?:begin|end|frac|mathcal|mathrm|theta|nabla|sum|text|lVert)\b|\$\$")
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 VISIBLE = """(() => { const copy = document.querySelector('article').cloneNode(true);
     for (const e of copy.querySelectorAll('pre, code, script, style, annotation, .katex')) e.remove();
@@ -96,6 +96,20 @@ def test_a_page_fits_a_phone(browser: Window, path: Path) -> None:
     browser.open(path, 390, touch=True)
     assert browser.run(FITS)
     assert browser.run(TOO_WIDE) == 0, "a formula is cut"
+
+
+@pytest.mark.parametrize(
+    ("edition", "query", "found"),
+    [
+        ("en", "conjugate gradient", "notebooks/03_optimization.html"),
+        ("zh", "元学习", "notebooks/01_concepts.html"),
+        ("zh", "原型网络", "notebooks/02_metric.html"),
+        ("zh", "隐式MAML的共轭梯度", "notebooks/03_optimization.html"),
+    ],
+)
+def test_the_search_finds_a_page(browser: Window, edition: str, query: str, found: str) -> None:
+    browser.call("Page.navigate", url=f"{(SITE / edition / 'search.html').as_uri()}?q={quote(query)}")
+    browser.wait_for(f"[...document.querySelectorAll('#search-results li a')].some((a) => a.href.includes('{found}'))")
 
 
 @each_page

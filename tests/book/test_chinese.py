@@ -14,6 +14,7 @@ import pytest
 import sources
 import yaml
 from babel.messages.catalog import Catalog
+from chinese_search import ChineseSearch, terms
 from docutils import nodes
 from sources import NOTEBOOKS, PAGES, ROOT
 
@@ -78,7 +79,7 @@ def test_a_changed_message_is_fuzzy_a_new_one_empty_and_one_that_is_gone_is_gone
     for english, translated in {"A task has five classes.": "一", "It was here.": "二", "It stays.": "三"}.items():
         old.add(english, translated)
     new = chinese.updated(["It stays.", "A task has ten classes.", "Nothing of the kind."], old)
-    found = {m.id: (m.string, m.fuzzy) for m in new if m.id}
+    found = {m.id: (m.string or "", m.fuzzy) for m in new if m.id}
     assert found == {
         "It stays.": ("三", False),
         "A task has ten classes.": ("一", True),
@@ -196,6 +197,11 @@ def test_what_a_cell_prints_is_no_message() -> None:
     nodes.container("", nodes.container("", shown), classes=["cell_output"])
     nodes.container("", said, classes=["cell_input"])
     assert chinese._is_output(shown) and not chinese._is_output(said)
+
+
+def test_terms_of_the_glossary_are_words_of_the_search() -> None:
+    assert {"元学习", "任务", "嵌入"} <= set(terms())
+    assert {"元学习", "MAML"} <= set(ChineseSearch({}).split("元学习的 MAML"))
 
 
 def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
