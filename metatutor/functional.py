@@ -44,7 +44,7 @@ class TaskMap:
     @_differentiable_attention()
     def __call__(self, function: Callable[..., Tensor], *trees: Any) -> Tensor:
         """The function's result for every task's tensors, `[task, ...]`; arguments may be dictionaries of tensors."""
-        if self.side_by_side:
+        if self.side_by_side and len(tree_leaves(trees)[0]) > 1:  # vmap costs more than it saves for one
             try:
                 return vmap(function, randomness="different")(*trees)
             except (RuntimeError, ValueError) as error:

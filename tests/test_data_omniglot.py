@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from PIL import Image, ImageDraw
 
 from metatutor.data import omniglot as module
@@ -139,10 +140,13 @@ def load(parts) -> Callable[..., Omniglot]:
 
 
 @pytest.fixture(scope="session")
-def real(tmp_path_factory) -> Iterator[Omniglot]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METATUTOR_CACHE", str(tmp_path_factory.mktemp("real")))
-        yield Omniglot.load(REAL)
+def real(tmp_path_factory, worker_id) -> Omniglot:
+    """Decoded once for all processes that test."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+    with pytest.MonkeyPatch.context() as patch, FileLock(shared / "real.lock"):
+        patch.setenv("METATUTOR_CACHE", str(shared / "real"))
+        return Omniglot.load(REAL)
 
 
 @pytest.fixture
