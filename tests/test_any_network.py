@@ -192,7 +192,7 @@ def test_without_a_linear_layer_all_can_adapt(random_episode: Episodes):
 def test_a_residual_network_on_colour_photos():
     """Its batch normalisation keeps running statistics, and an integer buffer: tasks go one by one, told once."""
     torch.manual_seed(0)
-    images, labels = torch.rand(1, 2, 3, 84, 84), torch.tensor([[0, 1]])
+    images, labels = torch.rand(2, 2, 3, 84, 84), torch.tensor([[0, 1], [1, 0]])
     episode = Episode(images, labels, 0.9 * images, labels)
     learner = MAML(resnet18(num_classes=2), inner_lr=0.01)
     before = {name: buffer.clone() for name, buffer in learner.named_buffers()}
@@ -202,7 +202,7 @@ def test_a_residual_network_on_colour_photos():
         logits = learner.eval()(episode)
     assert len(told) == 1
     assert learner.normalization == "running" and not learner.transductive
-    assert logits.shape == (1, 2, 2) and logits.isfinite().all() and loss.isfinite()
+    assert logits.shape == (2, 2, 2) and logits.isfinite().all() and loss.isfinite()
     for name, parameter in learner.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert learner.get_parameter("network.module.conv1.weight").grad.any()  # pyright: ignore
@@ -289,7 +289,7 @@ def test_compiled_is_plain_one_by_one(random_episode: Episodes, monkeypatch: pyt
 def test_what_cannot_be_compiled_is_told_in_one_sentence(random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
     """An LSTM in single precision is one operation that tracing does not see through."""
     monkeypatch.setattr(torch, "compile", lambda graph: graph)
-    episode = random_episode(n_tasks=1, k_shot=1, n_query=1).to(torch.float32)
+    episode = random_episode(n_tasks=2, k_shot=1, n_query=1).to(torch.float32)
     two_rows = episode.support_images[..., :2, :], episode.support_labels
     learner, episode = MAML(Recurrent(), compiled=True), Episode(*two_rows, *two_rows)
     with (

@@ -94,7 +94,6 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(name: st
 # --- what the weights give ---
 
 
-@pytest.mark.usefixtures("unchecked_types")
 @each_run
 def test_recorded_weights_give_the_recorded_accuracy(name: str) -> None:
     """On so many tasks as their interval wants, and task by task where that was recorded."""
