@@ -1,4 +1,4 @@
-# `make test` and `make book` need Python 3.11 or later and nothing else: everything goes into .venv.
+# `make test`, `make book` and `make pages` need Python 3.11 or later and nothing else: everything goes into .venv.
 # METATUTOR_DATA (a folder with Omniglot) and METATUTOR_PRESET (fast or full) are taken from your environment.
 
 ifndef PYTHON
@@ -30,7 +30,7 @@ NEEDS_PYTHON = "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 	exit 1; }
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint types unit oldest notebooks book translations links format benchmarks studies tables stamp clean
+.PHONY: help venv test lint types unit oldest notebooks book pages translations links format benchmarks studies tables stamp clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,10 +58,10 @@ types: $(INSTALLED)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 unit: $(INSTALLED) ## only the unit tests and the examples in docstrings
-	$(BIN)/python -m pytest -q --numprocesses auto --durations=10
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal --durations=10
 
 oldest: $(OLDEST)/.installed ## only the unit tests, with the oldest packages that pyproject.toml allows
-	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --durations=10
+	$(OLDEST)/bin/python -m pytest -q --numprocesses auto --dist worksteal --durations=10
 
 $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
@@ -81,8 +81,11 @@ book: $(EXECUTED)/.done ## build both editions, English and Chinese, of the exec
 	@$(MAKE) --no-print-directory --jobs 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) edition-en edition-zh
 	@$(BIN)/python book/_ext/editions.py site _build
 	$(BIN)/python book/_ext/check_pages.py _build/html
-	$(BIN)/python -m pytest -q -p no:cacheprovider -rs --numprocesses auto tests/book/built_pages.py
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
+
+pages: $(INSTALLED) ## after `make book`: open every page in a browser, in both languages, light and dark, wide and narrow
+	@test -d _build/html || { echo "there are no pages to open; build the book first: make book" >&2; exit 1; }
+	$(BIN)/python -m pytest -q -p no:cacheprovider -rs --numprocesses auto tests/book/built_pages.py
 
 edition-%:
 	$(BIN)/jupyter-book build --all -n -W --keep-going --path-output _build/$* _build/source/$*

@@ -1,4 +1,4 @@
-"""Every page of the built book in a browser, in both languages: `pytest tests/book/built_pages.py`, after `make book`.
+"""Every page of the built book in a browser, in both languages: what `make pages` runs, after `make book`.
 
 Nothing is loaded from elsewhere, with scripts and without; formulas are set; a page weighs little, fits its window, and
 has no serious fault that axe-core finds, in light and in dark mode. `check_pages.py` looks at files; this looks at
