@@ -21,6 +21,7 @@ METHODS: dict[tuple[str, str], tuple[str, str | None]] = {
     ("siamese", ""): ("Siamese Network", "Siamese, fine-tuned"),
     ("matching", ""): ("Matching Networks", "Matching Networks"),
     ("prototypical", ""): ("Prototypical Networks", "Prototypical Networks"),
+    ("best", ""): ("Prototypical, recipe for today", None),
     ("relation", ""): ("Relation Network", "Relation Network"),
     ("r2d2", ""): ("R2-D2 (ridge head)", None),
     ("protomaml", ""): ("ProtoMAML", None),

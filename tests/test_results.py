@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from metatutor.comparison import PUBLISHED
-from metatutor.config import DataConfig, SinusoidsConfig
+from metatutor.config import DataConfig, SinusoidsConfig, load_config
 from metatutor.data import Splits
 from metatutor.episodes import Episode
 from metatutor.evaluation import Evaluation, scores
@@ -89,6 +90,22 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(name: st
     if run.history and not run.config.regression and alike and not test.learner and not test.network:
         mean = torch.tensor(recorded_accuracy(run.name).mean).mean().item()
         assert abs(run.history[-1]["validation_accuracy"] - mean) < 0.02
+
+
+@pytest.mark.parametrize("path", sorted(results_folder().glob("search/*.json")), ids=lambda path: path.stem)
+def test_settings_were_chosen_on_validation_classes(path: Path) -> None:
+    """What was tried stands there with accuracies on validation classes alone, and the run has settings from there."""
+    search = json.loads(path.read_text(encoding="utf-8"))
+    [name] = set(re.findall(r"`(omniglot-\S+)`", search["about"]))
+    config = load_config(results_folder() / name)
+    settings = ("n_way", "images_of_a_class", "in_turn", "iterations")
+    assert config.train
+    n_images = config.k_shot + (config.n_query or 0)
+    chosen = (config.n_way, n_images, getattr(config.learner, "in_turn"), config.train.iterations)
+    assert chosen in [tuple(row[setting] for setting in settings) for row in search["rows"]]
+    for row in search["rows"]:
+        assert set(row) == {"tried", "validation", *settings}
+        assert row["validation"] and all(0 < accuracy < 1 for accuracy in row["validation"].values())
 
 
 # --- what the weights give ---

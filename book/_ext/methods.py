@@ -49,7 +49,7 @@ def sections(notebook: Path) -> list[Section]:
 def chapter_of(cls: type, root: Path) -> Path:
     """The notebook named like the folder of a method, or else the first that uses its module."""
     folder, *file = cls.__module__.split(".")[1:]
-    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    notebooks = sorted((root / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     if file:
         named = [path for path in notebooks if path.stem.partition("_")[2] == folder]
         if not named:
@@ -59,12 +59,15 @@ def chapter_of(cls: type, root: Path) -> Path:
     return next(path for path in notebooks if re.search(rf"\b({own})\b", path.read_text(encoding="utf-8")))
 
 
-def section_of(cls: type, tag: str, chapter: Path) -> Section:
-    """Where a chapter treats a method: under a heading that begins with its name, else where code first uses it."""
-    title, *rest = sections(chapter)
-    named = [s for s in rest if s.heading.lower().startswith(tag.partition("-")[0])]
-    used = [s for s in rest if any(re.search(rf"\b{cls.__name__}\b", code) for code in s.code)]
-    return next(iter(named + used), title)
+def section_of(cls: type, tag: str, chapter: Path) -> tuple[Path, Section]:
+    """Where a chapter, or a page that continues it, treats a method: under its name, else where code first uses it."""
+    number = chapter.stem.partition("_")[0]
+    pages = [chapter, *sorted(chapter.parent.glob(f"{number}[a-z]_*.ipynb"))]
+    found = [(page, section) for page in pages for section in sections(page)]
+    rest = [(page, section) for page, section in found if section.level > 1]
+    named = [(page, s) for page, s in rest if s.heading.lower().startswith(tag.partition("-")[0])]
+    used = [(page, s) for page, s in rest if any(re.search(rf"\b{cls.__name__}\b", code) for code in s.code)]
+    return next(iter(named + used), found[0])
 
 
 @cache
@@ -88,7 +91,7 @@ def entry(tag: str, cls: type, chapter: Path, runs: list[str], root: Path) -> st
     """What the index says of one method: a term, and what belongs to it line by line."""
     blob = f"{read_address(root).repository}/blob/main"
     file = Path(*cls.__module__.split(".")).with_suffix(".py")
-    section = section_of(cls, tag, chapter)
+    page, section = section_of(cls, tag, chapter)
     anchor = f"#{section.anchor}" if section.level > 1 else ""
     reference = " ".join((inspect.getdoc(cls) or "").partition("Reference:")[2].split())
     cited = [f"{{cite:t}}`{key}`" for key in dict.fromkeys(papers(reference, bibliography(root)))]
@@ -96,7 +99,7 @@ def entry(tag: str, cls: type, chapter: Path, runs: list[str], root: Path) -> st
     test = next((path for path in tests if (root / path).exists()), None)
     code = [f"[`{path.as_posix()}`]({blob}/{path.as_posix()})" for path in (file, test) if path]
     about = {
-        "explained": f"[{section.heading}](../notebooks/{chapter.name}{anchor})",
+        "explained": f"[{section.heading}](../notebooks/{page.name}{anchor})",
         "papers": ", ".join(cited) or reference,
         "code and tests": ", ".join(code),
         "recorded runs": ", ".join(f"`{name}`" for name in runs),

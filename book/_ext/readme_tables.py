@@ -11,12 +11,13 @@ from typing import Any
 from methods import methods_index
 from tabulate import tabulate
 
-from metatutor.comparison import SETTINGS, summary
+from metatutor.comparison import SETTINGS, Row, compared, summary
 from metatutor.evaluation import Evaluation
 from metatutor.runs import read_evaluations, run_folders, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
+RECIPE = "omniglot-best"  # how the names of its evaluations begin
 FAILURES = {"installs": "does not install", "imports": "cannot be imported", "works": "fails"}
 
 
@@ -84,6 +85,63 @@ def tools_table(results: Path) -> str:
     )
 
 
+def recipe_table(results: Path) -> str:
+    """One row a kind of tasks: the recipe, the best of the other recorded runs, and the best of the papers."""
+    by_setting: dict[tuple[int, int], list[Row]] = {setting: [] for setting in SETTINGS}
+    for row in compared(results):
+        by_setting[row.ours.n_way, row.ours.k_shot].append(row)
+    rows = []
+    for (n_way, k_shot), of_setting in by_setting.items():
+        recipes = [row for row in of_setting if row.name.startswith(RECIPE)]
+        others = [row for row in of_setting if row not in recipes and not row.ours.transductive]
+        papers = [row for row in of_setting if row.paper]
+        if recipes and others and papers:
+            other = max(others, key=lambda row: row.ours.accuracy)
+            paper = max(papers, key=lambda row: row.paper["accuracy"] if row.paper else 0)
+            shown = (f"**{_fine(recipes[0].ours.accuracy, recipes[0].ours.ci95)}**",)
+            shown += (f"{_fine(other.ours.accuracy, other.ours.ci95)} ({other.method})",)
+            rows.append((f"{n_way}-way {k_shot}-shot", *shown, f"{paper.papers_cell} ({paper.method})"))
+    head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of their papers")
+    return tabulate(rows, head, "github", disable_numparse=True)
+
+
+def ablation_table(results: Path) -> str:
+    """One row an ingredient of the recipe: what is lost without it, task by task, after a short training."""
+    path = results / "studies" / "recipe.json"
+    if not path.exists():
+        return ""
+    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    kinds = ("5-way 1-shot", "20-way 1-shot")
+    rows = []
+    for row in sorted(measured, key=lambda row: row[kinds[1]]["lost"]):
+        cells = (_fine(row[k]["lost"], row[k]["lost_ci95"], "+") if row["without"] else "" for k in kinds)
+        accuracies = (_fine(row[k]["accuracy"], row[k]["ci95"]) for k in kinds)
+        if not row["without"]:
+            rows.insert(0, ("*all of it, without shifts*", *accuracies))
+        else:
+            rows.append((row["without"], *cells))
+    return tabulate(rows, ("brought by", *kinds), "github", disable_numparse=True)
+
+
+def search_table(results: Path) -> str:
+    """One row a setting that was tried for the recipe: accuracies on validation classes."""
+    path = results / "search" / "recipe.json"
+    if not path.exists():
+        return ""
+    tried: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = []
+    for row in tried:
+        found = ", ".join(f"{100 * accuracy:.1f}% ({kind})" for kind, accuracy in row["validation"].items())
+        rows.append((row["tried"], f"{row['n_way']} × {row['images_of_a_class']}", f"{row['iterations']:,}", found))
+    head = ("tried", "classes × images", "iterations", "on validation classes")
+    return tabulate(rows, head, "github", disable_numparse=True)
+
+
+def _fine(value: float, ci95: Any, sign: str = "") -> str:
+    """With two decimals, for small differences."""
+    return f"{100 * value:{sign}.2f} ± {100 * ci95:.2f}"
+
+
 def filled(text: str, tables: dict[str, str]) -> str:
     """The text with each marked region holding its table."""
     for name, table in tables.items():
@@ -99,6 +157,11 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
         root / "README.md": {"results": summary_table(results), "benchmarks": benchmark_table(results)},
         root / "book/runs.md": {"runs": runs_table(results)},
         root / "book/tools.md": {"tools": tools_table(results)},
+        root / "book/recipe.md": {
+            "recipe": recipe_table(results),
+            "ablation": ablation_table(results),
+            "search": search_table(results),
+        },
         root / "book/methods.md": {"methods": methods_index(root)},
     }
 

@@ -10,7 +10,7 @@ import methods
 import pytest
 from sources import ROOT
 
-from metatutor import MAML, NearestPixels, Reptile
+from metatutor import MAML, ImplicitMAML, NearestPixels, Reptile
 from metatutor.config import known
 
 PAPERS = {
@@ -68,9 +68,13 @@ def test_the_chapter_has_the_name_of_the_folder_and_the_section_that_of_the_meth
     chapter = notebook(tmp_path, "03_optimization", *cells)
     assert methods.chapter_of(MAML, tmp_path) == chapter
     assert methods.chapter_of(NearestPixels, tmp_path) == first
-    assert methods.section_of(MAML, "maml", chapter).anchor == "first-by-hand-a--b"
-    assert methods.section_of(Reptile, "reptile", chapter).heading == "Reptile: go on"
-    assert methods.section_of(NearestPixels, "nearest-pixels", chapter).heading == "Title"
+    assert methods.section_of(MAML, "maml", chapter)[1].anchor == "first-by-hand-a--b"
+    assert methods.section_of(Reptile, "reptile", chapter)[1].heading == "Reptile: go on"
+    assert methods.section_of(NearestPixels, "nearest-pixels", chapter)[1].heading == "Title"
+    more = notebook(tmp_path, "03b_more", ("markdown", "# More"), ("markdown", "## Implicit MAML"))
+    found, section = methods.section_of(ImplicitMAML, "implicit", chapter)
+    assert (found, section.heading) == (more, "Implicit MAML")
+    assert methods.chapter_of(ImplicitMAML, tmp_path) == chapter
 
 
 def test_a_folder_without_a_chapter_is_refused(tmp_path: Path) -> None:
