@@ -61,14 +61,21 @@ def is_words(message: str) -> bool:
     return not message.startswith("\n") and bool(re.search(r"[A-Za-z]{2}", left))
 
 
-def updated(messages: list[str], catalogue: Catalog) -> Catalog:
-    """A catalogue that has become one of these messages, in their order; translations of similar ones are fuzzy."""
+def updated(messages: list[str], catalogue: Catalog, elsewhere: dict[str, str] | None = None) -> Catalog:
+    """A catalogue that has become one of these messages, in their order; translations of similar ones are fuzzy.
+
+    A message that came from another page brings its translation along: `elsewhere` has those of all pages.
+    """
     template = Catalog(locale="zh_CN")
     for message in messages:
         template.add(message)
     catalogue.update(template)
     catalogue.obsolete.clear()
     catalogue.fuzzy = False  # its header
+    for message in catalogue:
+        if message.id and (message.fuzzy or not message.string) and message.id in (elsewhere or {}):
+            message.string = (elsewhere or {})[str(message.id)]
+            message.flags.discard("fuzzy")
     return catalogue
 
 
@@ -240,9 +247,10 @@ def setup(app: Any) -> dict[str, bool]:
 
 def update(folder: Path) -> int:
     """Bring the catalogues up to date with the messages that a build wrote into `folder`; list what is to be done."""
-    todo = 0
+    pages = (path.relative_to(ROOT / CATALOGUES).with_suffix("") for path in (ROOT / CATALOGUES).rglob("*.po"))
+    todo, everywhere = 0, {id: string for page in pages for id, string in translations(page.as_posix()).items()}
     for page, messages in json.loads((folder / "messages.json").read_text(encoding="utf-8")).items():
-        write_catalogue(page, updated(messages, catalogue(page)))
+        write_catalogue(page, updated(messages, catalogue(page), everywhere))
         for message in catalogue(page):
             if message.id and (message.fuzzy or not message.string):
                 todo += 1

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from metatutor.comparison import SETTINGS, Row, compared, summary
 from metatutor.evaluation import Evaluation
-from metatutor.runs import read_evaluations, run_folders, task_of
+from metatutor.runs import published, read_evaluations, run_folders, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
@@ -94,14 +94,15 @@ def recipe_table(results: Path) -> str:
     for (n_way, k_shot), of_setting in by_setting.items():
         recipes = [row for row in of_setting if row.name.startswith(RECIPE)]
         others = [row for row in of_setting if row not in recipes and not row.ours.transductive]
-        papers = [row for row in of_setting if row.paper]
-        if recipes and others and papers:
+        papers = [row for row in published() if (row["n_way"], row["k_shot"]) == (n_way, k_shot)]
+        if recipes and others:
             other = max(others, key=lambda row: row.ours.accuracy)
-            paper = max(papers, key=lambda row: row.paper["accuracy"] if row.paper else 0)
+            paper = max(papers, key=lambda row: row["accuracy"])
             shown = (f"**{_fine(recipes[0].ours.accuracy, recipes[0].ours.ci95)}**",)
             shown += (f"{_fine(other.ours.accuracy, other.ours.ci95)} ({other.method})",)
-            rows.append((f"{n_way}-way {k_shot}-shot", *shown, f"{paper.papers_cell} ({paper.method})"))
-    head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of their papers")
+            shown += (f"{100 * paper['accuracy']:.2f} ({paper['method']})",)
+            rows.append((f"{n_way}-way {k_shot}-shot", *shown))
+    head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of the papers")
     return tabulate(rows, head, "github", disable_numparse=True)
 
 

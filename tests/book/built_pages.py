@@ -101,10 +101,10 @@ def test_a_page_fits_a_phone(browser: Window, path: Path) -> None:
 @pytest.mark.parametrize(
     ("edition", "query", "found"),
     [
-        ("en", "conjugate gradient", "notebooks/03_optimization.html"),
+        ("en", "conjugate gradient", "notebooks/03c_other_ways.html"),
         ("zh", "元学习", "notebooks/01_concepts.html"),
         ("zh", "原型网络", "notebooks/02_metric.html"),
-        ("zh", "隐式MAML的共轭梯度", "notebooks/03_optimization.html"),
+        ("zh", "隐式MAML的共轭梯度", "notebooks/03c_other_ways.html"),
     ],
 )
 def test_the_search_finds_a_page(browser: Window, edition: str, query: str, found: str) -> None:

@@ -78,12 +78,14 @@ def test_a_changed_message_is_fuzzy_a_new_one_empty_and_one_that_is_gone_is_gone
     old = Catalog(locale="zh_CN")
     for english, translated in {"A task has five classes.": "一", "It was here.": "二", "It stays.": "三"}.items():
         old.add(english, translated)
-    new = chinese.updated(["It stays.", "A task has ten classes.", "Nothing of the kind."], old)
+    wanted = ["It stays.", "A task has ten classes.", "Nothing of the kind.", "It came from another page."]
+    new = chinese.updated(wanted, old, {"It came from another page.": "四", "It stays.": "五"})
     found = {m.id: (m.string or "", m.fuzzy) for m in new if m.id}
     assert found == {
         "It stays.": ("三", False),
         "A task has ten classes.": ("一", True),
         "Nothing of the kind.": ("", False),
+        "It came from another page.": ("四", False),
     }
 
 
