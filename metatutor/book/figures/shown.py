@@ -63,7 +63,7 @@ def identity(kind: str, content: str) -> str:
 
 
 def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
-    """A table in Markdown; columns of figures are aligned right.
+    """A table in Markdown; columns of figures are aligned right, and a `|` in an entry divides nothing.
 
     Args:
         head: one title per column.
@@ -83,7 +83,8 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
     texts = [[_entry(entry) for entry in row] for row in rows]
     of_figures = [all(not text or text[0] in _FIGURES for text in column) for column in zip(*texts, strict=True)]
     marks = ["--:" if right else ":--" for right in of_figures] or [":--"] * len(head)
-    lines = ["| " + " | ".join(str(entry) for entry in row) + " |" for row in (head, *texts)]
+    cells = [[re.sub(r"(?<!\\)\|", r"\\|", str(entry)) for entry in row] for row in (head, *texts)]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
     return Shown("\n".join([lines[0], "|" + "|".join(marks) + "|", *lines[1:]]))
 
 
