@@ -87,7 +87,7 @@ def row(what: str, seconds: float, values: dict[str, Tensor], of_recipe: dict[st
 
 
 def main(data: Path | None = None, iterations: int = 600, n_episodes: int = 200) -> None:
-    """Train and evaluate everything, in half an hour on one core, and write `results/studies/recipe.json`.
+    """Train and evaluate everything, in about an hour on one core, and write `results/studies/recipe.json`.
 
     Args:
         data: where Omniglot lies.

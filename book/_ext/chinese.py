@@ -61,7 +61,7 @@ def is_words(message: str) -> bool:
     return not message.startswith("\n") and bool(re.search(r"[A-Za-z]{2}", left))
 
 
-def updated(messages: list[str], catalogue: Catalog, elsewhere: dict[str, str] | None = None) -> Catalog:
+def updated(messages: list[str], catalogue: Catalog, elsewhere: dict[str, str]) -> Catalog:
     """A catalogue that has become one of these messages, in their order; translations of similar ones are fuzzy.
 
     A message that came from another page brings its translation along: `elsewhere` has those of all pages.
@@ -73,8 +73,8 @@ def updated(messages: list[str], catalogue: Catalog, elsewhere: dict[str, str] |
     catalogue.obsolete.clear()
     catalogue.fuzzy = False  # its header
     for message in catalogue:
-        if message.id and (message.fuzzy or not message.string) and message.id in (elsewhere or {}):
-            message.string = (elsewhere or {})[str(message.id)]
+        if message.id in elsewhere and (message.fuzzy or not message.string):
+            message.string = elsewhere[str(message.id)]
             message.flags.discard("fuzzy")
     return catalogue
 

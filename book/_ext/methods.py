@@ -1,7 +1,7 @@
 """The index of methods: everything in it is read from the package, the notebooks, the bibliography and `results/`.
 
-A method's chapter is the notebook named like its folder. A method without a folder belongs to the first notebook that
-uses its module.
+A method's chapter is the notebook named like its folder, `NN_folder`, which `NNb_…` and `NNc_…` continue. A method
+without a folder belongs to the first notebook that uses its module.
 """
 
 from __future__ import annotations

@@ -96,12 +96,11 @@ def recipe_table(results: Path) -> str:
         others = [row for row in of_setting if row not in recipes and not row.ours.transductive]
         papers = [row for row in published() if (row["n_way"], row["k_shot"]) == (n_way, k_shot)]
         if recipes and others:
-            other = max(others, key=lambda row: row.ours.accuracy)
+            (recipe,), other = recipes, max(others, key=lambda row: row.ours.accuracy)
             paper = max(papers, key=lambda row: row["accuracy"])
-            shown = (f"**{_fine(recipes[0].ours.accuracy, recipes[0].ours.ci95)}**",)
-            shown += (f"{_fine(other.ours.accuracy, other.ours.ci95)} ({other.method})",)
-            shown += (f"{100 * paper['accuracy']:.2f} ({paper['method']})",)
-            rows.append((f"{n_way}-way {k_shot}-shot", *shown))
+            ours, theirs = (_fine(row.ours.accuracy, row.ours.ci95) for row in (recipe, other))
+            published_best = f"{100 * paper['accuracy']:.2f} ({paper['method']})"
+            rows.append((f"{n_way}-way {k_shot}-shot", f"**{ours}**", f"{theirs} ({other.method})", published_best))
     head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of the papers")
     return tabulate(rows, head, "github", disable_numparse=True)
 
@@ -113,14 +112,10 @@ def ablation_table(results: Path) -> str:
         return ""
     measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     kinds = ("5-way 1-shot", "20-way 1-shot")
-    rows = []
-    for row in sorted(measured, key=lambda row: row[kinds[1]]["lost"]):
-        cells = (_fine(row[k]["lost"], row[k]["lost_ci95"], "+") if row["without"] else "" for k in kinds)
-        accuracies = (_fine(row[k]["accuracy"], row[k]["ci95"]) for k in kinds)
-        if not row["without"]:
-            rows.insert(0, ("*all of it, without shifts*", *accuracies))
-        else:
-            rows.append((row["without"], *cells))
+    [whole] = [row for row in measured if not row["without"]]
+    parts = sorted((row for row in measured if row["without"]), key=lambda row: row[kinds[1]]["lost"])
+    rows = [("*all of it, without shifts*", *(_fine(whole[k]["accuracy"], whole[k]["ci95"]) for k in kinds))]
+    rows += [(row["without"], *(_fine(row[k]["lost"], row[k]["lost_ci95"], "+") for k in kinds)) for row in parts]
     return tabulate(rows, ("brought by", *kinds), "github", disable_numparse=True)
 
 

@@ -243,6 +243,12 @@ def test_a_table_is_markdown_with_figures_to_the_right() -> None:
         figures.table(("a", "b"), (1, 2, 3))
 
 
+def test_a_bar_in_a_table_divides_nothing() -> None:
+    shown = figures.table(("log p(x | c)", r"done \| already"), ("a | b", 1))
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in shown.splitlines()] == [3, 3, 3]
+    assert r"log p(x \| c)" in shown and r"\\|" not in shown
+
+
 # --- what a reader moves ---
 
 MOVES = """
