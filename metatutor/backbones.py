@@ -115,28 +115,59 @@ class MLP(Embedding):
     Args:
         n_inputs: number of inputs.
         n_outputs: number of outputs.
-        hidden: widths of the hidden layers; two of 40 for the sinusoids of Finn et al. (2017), section 5.1.
+        hidden: widths of the hidden layers; two of 40 for the sinusoids of Finn et al. (2017), section 5.1; 256, 128,
+            64 and 64 for their network without convolutions, section 5.2.
+        normalization: a policy of `ConvNet`, between every hidden layer and its ReLU; None: no normalisation.
+
+    Raises:
+        ValueError: if a size is not positive or a policy is unknown.
 
     Example:
         >>> MLP(n_inputs=1, n_outputs=1, hidden=(40, 40))(torch.zeros(10, 1)).shape
         torch.Size([10, 1])
     """
 
-    def __init__(self, n_inputs: int = 1, n_outputs: int = 1, *, hidden: Sequence[int] = (40, 40)) -> None:
+    def __init__(
+        self,
+        n_inputs: int = 1,
+        n_outputs: int = 1,
+        *,
+        hidden: Sequence[int] = (40, 40),
+        normalization: Normalization | None = None,
+    ) -> None:
         super().__init__()
         check_sizes(n_inputs=n_inputs, n_outputs=n_outputs, **{f"hidden[{i}]": w for i, w in enumerate(hidden)})
         self.n_outputs = n_outputs
         widths = [n_inputs, *hidden]
         self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+        self.norms = nn.ModuleList()
+        if normalization is not None:
+            _check_options(normalization=normalization)
+            self.norms.extend(_VectorNorm(width, normalization) for width in hidden)
+            self.normalization = normalization
         self.head = nn.Linear(widths[-1], n_outputs)
         self.head_prefix, self.embedding_size = "head.", widths[-1]
 
     def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """The input of the last layer."""
         images = images.flatten(1)
-        for layer in self.hidden:
-            images = F.relu(layer(images))
+        for n, layer in enumerate(self.hidden):
+            images = layer(images)
+            images = F.relu(self.norms[n](images, n_support) if self.norms else images)
         return images
+
+
+class _VectorNorm(nn.Module):
+    """Vectors normalised under a policy of `ConvNet`, as images of a single pixel, with their scale and shift."""
+
+    def __init__(self, n_features: int, policy: Normalization) -> None:
+        super().__init__()
+        self.policy = policy
+        self.scale, self.shift = nn.Parameter(torch.ones(n_features)), nn.Parameter(torch.zeros(n_features))
+
+    def forward(self, vectors: Float[Tensor, "n feature"], n_support: int | None) -> Float[Tensor, "n feature"]:
+        """`[n, feature]` -> `[n, feature]`."""
+        return _by_policy(vectors[..., None, None], self.scale, self.shift, self.policy, n_support).flatten(1)
 
 
 class ConvNet(Embedding):
@@ -196,7 +227,7 @@ class ConvNet(Embedding):
         image_size: int = 28,
     ) -> None:
         super().__init__()
-        _check_options(pooling, normalization)
+        _check_options(pooling=pooling, normalization=normalization)
         check_sizes(n_outputs=n_outputs, filters=filters, n_blocks=n_blocks, in_channels=in_channels)
         check_sizes(image_size=image_size, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
         if n_blocks > _MOST_BLOCKS:
@@ -276,14 +307,7 @@ class ConvBlock(nn.Module):
         return self._after_convolution((below + above[:, None]).flatten(0, 1), n_support)
 
     def _after_convolution(self, images: Tensor, n_support: int | None) -> Tensor:
-        if self.normalization == "group":
-            images = group_norm(images, self.scale, self.shift, gcd(8, images.shape[1]))
-        elif self.normalization == "batch" or n_support is None:
-            images = batch_norm(images, self.scale, self.shift)
-        else:
-            variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
-            scale = self.scale[:, None, None] * torch.rsqrt(variance + EPSILON)
-            images = torch.addcmul(self.shift[:, None, None] - mean * scale, images, scale)  # one pass over the images
+        images = _by_policy(images, self.scale, self.shift, self.normalization, n_support)
         return F.relu(max_pool2d(images) if self.pools else images)
 
 
@@ -378,6 +402,19 @@ def _normalised(in_channels: int, out_channels: int, *, size: int = 3, stride: i
     return nn.Sequential(convolution, nn.GroupNorm(gcd(8, out_channels), out_channels))
 
 
+def _by_policy(
+    images: Images, scale: Tensor, shift: Tensor, policy: Normalization, n_support: int | None
+) -> Float[Tensor, "n channel height width"]:
+    """Images under a policy of `ConvNet`, then scaled and shifted by one number a channel."""
+    if policy == "group":
+        return group_norm(images, scale, shift, gcd(8, images.shape[1]))
+    if policy == "batch" or n_support is None:
+        return batch_norm(images, scale, shift)
+    variance, mean = torch.var_mean(images[:n_support], dim=(0, 2, 3), correction=0, keepdim=True)
+    factor = scale[:, None, None] * torch.rsqrt(variance + EPSILON)
+    return torch.addcmul(shift[:, None, None] - mean * factor, images, factor)  # one pass over the images
+
+
 def _check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
     """Raise a `ValueError` if a network with this `image_shape` does not take the images."""
     if tuple(images.shape[1:]) != shape:
@@ -388,10 +425,11 @@ def _check_images(images: Tensor, shape: tuple[int, int, int]) -> None:
         )
 
 
-def _check_options(pooling: str, normalization: str) -> None:
-    for name, value, options in (("pooling", pooling, Pooling), ("normalization", normalization, Normalization)):
-        if value not in get_args(options):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(options))}, got {value!r}")
+def _check_options(**given: str) -> None:
+    for name, value in given.items():
+        options = get_args({"pooling": Pooling, "normalization": Normalization}[name])
+        if value not in options:
+            raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}")
 
 
 # --- any network ---

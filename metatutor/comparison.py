@@ -50,7 +50,8 @@ class Row:
         name: name of the recorded evaluation.
         ours: its result.
         as_published: its result under the paper's own rules, where these differ from ours: as many query images as in
-            the paper, which matters if they are answered together; None: not recorded.
+            the paper, which matters if they are answered together, or trained and tested on the paper's characters;
+            None: not recorded.
         paper: the published number with its source and protocol; None if there is none.
         train_seconds, parameters, peak_memory_mib: those of the training whose weights were evaluated.
         ms_a_task: milliseconds to adapt to a single task and answer it, on one thread; None: not measured.
@@ -74,7 +75,16 @@ class Row:
         found = self.as_published
         if found is None:
             return "–"
+        if found.split != self.ours.split:
+            return f"{found} (its characters)"
         return f"{found} ({found.n_query} quer{'y' if found.n_query == 1 else 'ies'} a class)"
+
+    @property
+    def below_paper(self) -> bool:
+        """Whether the result, under the paper's rules if recorded, is below the published number less its interval."""
+        if self.paper is None:
+            return False
+        return (self.as_published or self.ours).accuracy < self.paper["accuracy"] - (self.paper["ci95"] or 0)
 
     @property
     def papers_cell(self) -> str:

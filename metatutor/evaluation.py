@@ -14,7 +14,7 @@ from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.learner import Learner, computing, evaluating
 
 Metric = Literal["accuracy", "accuracy_by_instance", "mse_by_step"]
-_NOT_RECORDED = ("metric", "mean", "ci95", "values")  # under these names
+_NOT_RECORDED = ("metric", "mean", "ci95", "median_by_step", "values")  # under these names, or not always
 _INTERVAL = {"accuracy": "ci95", "accuracy_by_instance": "ci95_by_instance", "mse_by_step": "ci95_by_step"}
 
 
@@ -35,6 +35,8 @@ class Evaluation:
         seed: seed of the stream of tasks.
         normalization: the network's normalisation policy, or `"none"`.
         transductive: whether an answer depended on the other queries of its task, as measured.
+        median_by_step: the median squared error over episodes, of a regression: a few tasks that diverge can carry the
+            mean; None for accuracies.
         values: those of every episode, `[episode]` or `[episode, instance or step]`, for paired comparisons; not
             recorded.
 
@@ -58,6 +60,7 @@ class Evaluation:
     seed: int
     normalization: str
     transductive: bool
+    median_by_step: Any = None
     values: Any = field(default=None, compare=False, repr=False)
 
     @property
@@ -72,7 +75,8 @@ class Evaluation:
             return self.cell()
         n = np.size(self.mean)
         if self.metric == "mse_by_step":
-            return f"MSE {self.cell(n - 1)} after {n - 1} step{'s' * (n != 2)}"
+            median = "" if self.median_by_step is None else f" (median {self.median_by_step[-1]:.2f})"
+            return f"MSE {self.cell(n - 1)}{median} after {n - 1} step{'s' * (n != 2)}"
         return ", ".join(f"{ordinal(i)} {self.cell(i)}" for i in sorted({1, 2, 5, n} & set(range(1, n + 1))))
 
     def cell(self, at: int = 1) -> str:
@@ -85,7 +89,8 @@ class Evaluation:
     def record(self) -> dict[str, Any]:
         """What is written to `evaluations.json`: the means under the name of the metric."""
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NOT_RECORDED}
-        return {self.metric: self.mean, _INTERVAL[self.metric]: self.ci95} | rest
+        medians = {} if self.median_by_step is None else {"median_by_step": self.median_by_step}
+        return {self.metric: self.mean, _INTERVAL[self.metric]: self.ci95} | medians | rest
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Evaluation:
@@ -93,7 +98,8 @@ class Evaluation:
         metric: Any = next((name for name in _INTERVAL if name in record), "accuracy")
         try:
             rest = {f.name: record[f.name] for f in fields(cls) if f.name not in _NOT_RECORDED}
-            return cls(metric=metric, mean=record[metric], ci95=record[_INTERVAL[metric]], **rest)
+            rest |= {"mean": record[metric], "ci95": record[_INTERVAL[metric]]}
+            return cls(metric=metric, median_by_step=record.get("median_by_step"), **rest)
         except KeyError as missing:
             raise ValueError(f"an evaluation lacks {missing}; repeat it with `metatutor evaluate`") from None
 
@@ -165,6 +171,7 @@ def evaluate(
         seed=seed,
         normalization=learner.normalization,
         transductive=transductive,
+        median_by_step=values.quantile(0.5, dim=0).tolist() if metric == "mse_by_step" else None,
         values=values,
     )
 

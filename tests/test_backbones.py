@@ -307,13 +307,42 @@ def test_a_multilayer_perceptron_answers_each_input_by_itself():
 
 
 @pytest.mark.parametrize(
+    ("normalization", "changed"),
+    [("batch", [True] * 6), ("support", [False] * 4 + [True, False]), ("group", [False] * 4 + [True, False])],
+)
+def test_a_multilayer_perceptron_normalises_as_the_convolutional_network_does(
+    normalization: Normalization, changed: list[bool]
+):
+    """Every hidden layer before its ReLU; which answers change with the fifth input, the first three being support."""
+    network = random(MLP(7, 3, hidden=(8, 16), normalization=normalization))
+    assert network.normalization == normalization
+    inputs = torch.randn(6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = inputs
+    for layer, norm in zip(network.hidden, network.norms, strict=True):
+        expected = layer(expected)
+        seen = expected[:3] if normalization == "support" else expected
+        mean, variance = seen.mean(0), seen.var(0, correction=0)
+        if normalization == "group":
+            of_groups = expected.unflatten(1, (8, -1))
+            mean, variance = of_groups.mean(-1), of_groups.var(-1, correction=0)
+            mean, variance = (m.repeat_interleave(expected.shape[1] // 8, 1) for m in (mean, variance))
+        expected = (norm.scale * (expected - mean) / (variance + 1e-5).sqrt() + norm.shift).relu()
+    assert torch.allclose(network(inputs, 3), network.head(expected), rtol=1e-6)
+    other = inputs.clone()
+    other[4] += 1
+    assert (network(inputs, 3) != network(other, 3)).any(1).tolist() == changed
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"n_inputs": 0}, "n_inputs must be a positive integer, got 0"),
         ({"n_outputs": -1}, "n_outputs must be a positive integer, got -1"),
         ({"hidden": (40, 0)}, "hidden[1] must be a positive integer, got 0"),
+        ({"normalization": "layer"}, "normalization must be one of batch, support, group, got 'layer'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_types")
 def test_mistakes_of_a_multilayer_perceptron_are_named(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         MLP(**options)

@@ -365,7 +365,11 @@ def test_regression_mean_and_interval_by_hand():
     assert result.ci95 == pytest.approx((1.96 * of_tasks.std(0, ddof=1) / 3).tolist(), rel=1e-12)
     expected = {"n_episodes": 9, "n_way": 1, "k_shot": 4, "n_query": 6, "seed": 3, "split": ""}
     expected |= {"normalization": "none", "transductive": False}
-    assert result.record() == expected | {"mse_by_step": result.mean, "ci95_by_step": result.ci95}
+    medians = np.median(of_tasks, axis=0).tolist()
+    expected |= {"mse_by_step": result.mean, "ci95_by_step": result.ci95}
+    expected |= {"median_by_step": pytest.approx(medians, rel=1e-12)}
+    assert result.record() == expected and Evaluation.from_record(result.record()) == result
+    assert str(result).endswith(f"(median {medians[-1]:.2f}) after {len(medians) - 1} steps")
     with pytest.raises(ValueError, match="^this evaluation has the mse_by_step, see its mean$"):
         _ = result.accuracy
     assert len(evaluate(Approaching(0), Sinusoids(), WAVES, n_episodes=2).mean) == 1

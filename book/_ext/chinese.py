@@ -3,10 +3,12 @@
     python book/_ext/chinese.py update           # after a change of the English: `make translations`
     python book/_ext/chinese.py notebooks FOLDER # notebooks with Chinese text, for Colab
 
-Messages are the blocks of text that Sphinx finds in pages and Markdown cells, and the captions and alternative texts of
-figures, which are in the metadata and the code of notebooks. Their translations are gettext catalogues, one for each
-page, in `book/locale/zh_CN/LC_MESSAGES`. As a Sphinx extension, this module warns in the English build of every message
-without a translation, and in both editions gives every page a link to its other language.
+Messages are the blocks of text that Sphinx finds in pages and Markdown cells, the words in their formulas, and the
+captions and alternative texts of figures, which are in the metadata and the code of notebooks. Their translations are
+gettext catalogues, one for each page, in `book/locale/zh_CN/LC_MESSAGES`. Two are of no page: `outputs`, of the pads
+and of the widgets and tables that cells show, and `theme`, of the theme's own words. As a Sphinx extension, this
+module warns in the English build of every message without a translation, and in both editions gives every page a link
+to its other language.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import html
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,9 @@ from babel.messages.pofile import read_po, write_po
 
 ROOT = Path(__file__).resolve().parents[2]
 CATALOGUES = Path("book/locale/zh_CN/LC_MESSAGES")
+OUTPUTS, THEME = "outputs", "theme"
 ENGLISH_ONLY = {"book/api"}  # the reference, which speaks of code
+PADS = ("task.html", "alphabet.html", "task.js")  # in `book/_static`
 NAMES = {"en": "English", "zh_CN": "中文"}
 FOLDERS = {"en": "en", "zh_CN": "zh"}
 
@@ -51,13 +56,13 @@ def translations(page: str, root: Path = ROOT) -> dict[str, str]:
 
 
 def is_words(message: str) -> bool:
-    """Whether there is something to translate: more than formulas, code, references and names of files.
+    """Whether there is something to translate: a term, or more than formulas, code, references and names of files.
 
     Example:
         >>> is_words("$N$"), is_words("`n_way`"), is_words("{cite:t}`finn2017model`"), is_words("classes in a task")
         (False, False, False, True)
     """
-    left = re.sub(r"\{[\w:]+\}`[^`]*`|`[^`]*`|\$[^$]*\$|<[^>]*>", "", message)
+    left = message if "{term}" in message else re.sub(r"\{[\w:]+\}`[^`]*`|`[^`]*`|\$[^$]*\$|<[^>]*>", "", message)
     return not message.startswith("\n") and bool(re.search(r"[A-Za-z]{2}", left))
 
 
@@ -116,26 +121,28 @@ def _alternative_texts(source: str) -> Iterator[str]:
             yield str(node.value.value)
 
 
-def with_figure_texts(notebook: Notebook, chinese: dict[str, str]) -> Notebook:
-    """An executed notebook whose figures and folded cells speak Chinese; captions are translated by Sphinx."""
+def with_figure_texts(notebook: Notebook, chinese: dict[str, str], shown: dict[str, str]) -> Notebook:
+    """An executed notebook whose figures, tables and folded cells speak Chinese; captions are translated by Sphinx."""
     notebook = json.loads(json.dumps(notebook))
     for cell in notebook["cells"]:
         about = cell["metadata"].get("mystnb", {})
         for texts, names in ((about, _PROMPTS), (about.get("image", {}), ("alt",))):
             texts.update({name: chinese[texts[name]] for name in names if texts.get(name) in chinese})
-        shown = {text: chinese[text] for text in _texts_of(cell) if text in chinese}
-        for output in cell.get("outputs", []):
-            page = output.get("data", {}).get("text/html")
-            if shown and page:
-                page = "".join(page)
-                for text, translated in shown.items():
-                    page = page.replace(html.escape(text), html.escape(translated))
-                output["data"]["text/html"] = page
+        say = speaker(shown | {text: chinese[text] for text in _texts_of(cell) if text in chinese})
+        for data, kind in _outputs(cell):
+            data[kind] = _READERS[kind]("".join(data[kind]), say)
     return notebook
 
 
 def _texts_of(cell: dict[str, Any]) -> list[str]:
     return list(_alternative_texts("".join(cell["source"]))) if cell["cell_type"] == "code" else []
+
+
+def _outputs(cell: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The outputs that are a widget or a table."""
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        yield from ((data, kind) for kind in _READERS if kind in data)
 
 
 def in_chinese(notebook: Notebook, chinese: dict[str, str]) -> tuple[Notebook, list[str]]:
@@ -146,7 +153,9 @@ def in_chinese(notebook: Notebook, chinese: dict[str, str]) -> tuple[Notebook, l
     texts = ["".join(cell["source"]) for cell in cells]
     placed: list[str] = []
     for message, translated in sorted(chinese.items(), key=lambda item: -len(item[0])):
-        pattern, mark, found = _block(message), f"\0{len(placed)}\0", 0
+        in_formula = message.startswith("\\text{")
+        pattern = re.compile(r"(?P<before>)" + re.escape(message)) if in_formula else _block(message)
+        mark, found = f"\0{len(placed)}\0", 0
         placed.append(translated)
         for n, text in enumerate(texts):
             texts[n], times = pattern.subn(lambda match, mark=mark: match["before"] + mark, text)
@@ -166,29 +175,178 @@ def _block(message: str) -> re.Pattern[str]:
     return re.compile(begin + words + r"(?=[ \t]*(?:\||$))", re.MULTILINE)
 
 
+# --- what is shown: widgets, pads and tables ---
+
+Say = Callable[[str], str]
+_PARTS = re.compile(
+    r"<style.*?</style>|<script.*?</script>|(?<=>)[^<>]+(?=<)"
+    r'|(?<![\w-])(?:alt|title|data-bs-title|placeholder|aria-label|aria-roledescription)="[^"]*"',
+    re.DOTALL,
+)
+_LITERAL, _NUMBER = re.compile(r"`([^`]*)`"), re.compile(r"(?<![A-Za-z\d])\d+(?:[.,]\d+)*")
+
+
+def in_page(page: str, say: Say) -> str:
+    """A piece of a page in which every text is what `say` makes of it; scripts have texts in template literals only."""
+
+    def part(match: re.Match[str]) -> str:
+        if match[0].startswith("<"):
+            return in_script(match[0], say) if match[0].startswith("<script") else match[0]
+        begin, text, end = _WORDS.fullmatch(match[0]).groups()  # type: ignore[union-attr]
+        text = " ".join(html.unescape(text).split())
+        return match[0] if (said := say(text)) == text else begin + html.escape(said) + end
+
+    return _PARTS.sub(part, page)
+
+
+_WORDS = re.compile(r'([\w-]+="|\s*)(.*?)(\s*|")', re.DOTALL)
+
+
+def in_script(script: str, say: Say) -> str:
+    """A script in which every template literal is what `say` makes of it."""
+    return _LITERAL.sub(lambda match: f"`{say(match[1])}`", script)
+
+
+def in_table(table: str, say: Say) -> str:
+    """A table in Markdown in which every entry is what `say` makes of it."""
+    return re.sub(r"(?<=\| )(?:\\.|[^|\\\n])+(?= \|)", lambda match: say(match[0]), table)
+
+
+_READERS: dict[str, Callable[[str, Say], str]] = {"text/html": in_page, "text/markdown": in_table}
+
+
+def speaker(chinese: dict[str, str]) -> Say:
+    """Says in Chinese what is known; a number, which the next run may change, is `#` in a message.
+
+    Example:
+        >>> say = speaker({"# steps": "# 步", "Curves": "曲线"})
+        >>> say("5 steps"), say("Curves: 5 steps"), say("5 of them")
+        ('5 步', '曲线：5 步', '5 of them')
+    """
+
+    def say(text: str) -> str:
+        if text in chinese:
+            return chinese[text]
+        if message := chinese.get(_NUMBER.sub("#", text)):
+            numbers = iter(_NUMBER.findall(text))
+            return re.sub("#", lambda _: next(numbers), message)
+        what, colon, which = text.rpartition(": ")  # an alternative text, and the button's
+        return f"{chinese[what]}：{say(which)}" if colon and what in chinese else text
+
+    return say
+
+
+def shown_texts(notebook: Notebook, *, entries: bool = True) -> Iterator[str]:
+    """Texts in the widgets and tables of an executed notebook; without entries, only the heads of the tables."""
+    for cell in notebook["cells"]:
+        own = set(_texts_of(cell))
+        for data, kind in _outputs(cell):
+            shown = "".join(data[kind])
+            shown = shown if entries or kind == "text/html" else shown.partition("\n")[0]
+            for text in texts_in(partial(_READERS[kind], shown)):
+                what, _, which = text.rpartition(": ")
+                yield which if what in own else text
+
+
+def texts_in(read: Callable[[Say], str]) -> list[str]:
+    """What is asked to be said."""
+    found: list[str] = []
+    read(lambda text: found.append(text) or text)
+    return found
+
+
+def in_pad(path: Path, say: Say) -> str:
+    """A file of a page's pad in which every text is what `say` makes of it."""
+    return (in_script if path.suffix == ".js" else in_page)(path.read_text(encoding="utf-8"), say)
+
+
+def pad_texts(folder: Path) -> Iterator[str]:
+    """Texts in the pads of pages."""
+    for path in (folder / name for name in PADS):
+        if path.exists():
+            yield from texts_in(partial(in_pad, path))
+
+
+def messages_of(texts: Iterable[str]) -> list[str]:
+    """What of these texts is to be translated, once each: more than numbers, units and names with capitals.
+
+    Example:
+        >>> messages_of(["5 steps", "10 steps", "MAML++", "1.1 GiB", "Conv-4", "${n} of ${all}", "M${x}"])
+        ['# steps', '${n} of ${all}']
+    """
+    found = dict.fromkeys(_NUMBER.sub("#", text) for text in texts)
+    word = re.compile(r"(?<![A-Za-z])(?:[A-Z][a-z]+|[a-z]{2,})(?![A-Za-z]|-?[A-Z\d#])")
+    return [message for message in found if word.search(re.sub(r"\$\{[^}]*\}|<[^>]*>", "", message))]
+
+
 # --- as an extension ---
 
 
 def _collect(app: Any, doctree: Any) -> None:
-    """Remember the messages of a page that was read; warn of those without a translation."""
-    from sphinx.util import logging
+    """Remember the messages of a page that was read, and of its outputs; warn of those without a translation."""
     from sphinx.util.nodes import extract_messages
 
     page = app.env.docname
     if app.config.language != "en" or page in ENGLISH_ONLY:
         return
     found = [message for node, message in extract_messages(doctree) if not _is_output(node)]
+    found += [words for formula in _formulas(doctree) for words in _WORDS_IN_FORMULA.findall(formula.astext())]
     source = Path(app.srcdir, f"{page}.ipynb")
     if source.exists():
-        found += figure_texts(json.loads(source.read_text(encoding="utf-8")))
+        notebook = json.loads(source.read_text(encoding="utf-8"))
+        found += figure_texts(notebook)
+        _remember(app, OUTPUTS, messages_of(shown_texts(notebook)))
+        # entries are computed, and data that stand in are named, so that elsewhere others may be shown
+        heads = messages_of(shown_texts(notebook, entries=False))
+        _warn(app, OUTPUTS, [message for message in heads if "Strokes" not in message])
+    found = [message for message in dict.fromkeys(found) if is_words(message)]
+    _remember(app, page, found)
+    _warn(app, page, found)
+
+
+def _collect_pads(app: Any) -> None:
+    if app.config.language == "en":
+        found = messages_of(pad_texts(Path(app.srcdir, "book/_static")))
+        _remember(app, OUTPUTS, found)
+        _warn(app, OUTPUTS, found)
+
+
+def _remember(app: Any, page: str, found: list[str]) -> None:
     app.env.metatutor_messages = getattr(app.env, "metatutor_messages", {})
-    app.env.metatutor_messages[page] = [message for message in dict.fromkeys(found) if is_words(message)]
+    app.env.metatutor_messages.setdefault(page, []).extend(found)
+
+
+def _warn(app: Any, page: str, found: list[str]) -> None:
+    from sphinx.util import logging
+
     known = translations(page, Path(app.srcdir))
-    for message in app.env.metatutor_messages[page]:
+    for message in found:
         if message not in known and not app.config.metatutor_collect:
             logging.getLogger(__name__).warning(
                 "not translated into Chinese (run `make translations`): %s", message[:80], location=page
             )
+
+
+_WORDS_IN_FORMULA = re.compile(r"\\text\{[^{}]*\}")
+
+
+def _formulas(doctree: Any) -> list[Any]:
+    from docutils import nodes
+
+    return [node for kind in (nodes.math_block, nodes.math) for node in doctree.findall(kind)]
+
+
+def _translate_formulas(app: Any, doctree: Any) -> None:
+    """Sphinx translates no formula, so words in them are messages of their own."""
+    from docutils import nodes
+
+    if app.config.language != "zh_CN":
+        return
+    chinese = translations(app.env.docname, Path(app.srcdir))
+    for formula in _formulas(doctree):
+        text = _WORDS_IN_FORMULA.sub(lambda match: chinese.get(match[0], match[0]), formula.astext())
+        formula.children = []
+        formula += nodes.Text(text)
 
 
 def _keep_anchors(app: Any, doctree: Any) -> None:
@@ -224,7 +382,7 @@ def _other_language(app: Any, page: str, template: str, context: dict[str, Any],
 
 def _write(app: Any, exception: Exception | None) -> None:
     if app.config.metatutor_collect and exception is None:
-        messages = getattr(app.env, "metatutor_messages", {})
+        messages = {page: list(dict.fromkeys(found)) for page, found in app.env.metatutor_messages.items()}
         Path(app.outdir, "messages.json").write_text(json.dumps(messages), encoding="utf-8")
 
 
@@ -235,7 +393,9 @@ def setup(app: Any) -> dict[str, bool]:
     languages["zh"] = "chinese_search.ChineseSearch"
     app.add_config_value("metatutor_collect", False, "env")
     app.add_config_value("metatutor_address", "", "html")
+    app.connect("env-before-read-docs", lambda app, env, names: _collect_pads(app))
     app.connect("doctree-read", _collect)
+    app.connect("doctree-read", _translate_formulas)
     app.connect("doctree-read", _keep_anchors)
     app.connect("html-page-context", _other_language, priority=900)
     app.connect("build-finished", _write)

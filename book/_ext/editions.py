@@ -25,6 +25,7 @@ IN_CHINESE = {
     "nb_code_prompt_hide": "隐藏代码",
     "togglebutton_hint": "点击显示",
     "togglebutton_hint_hide": "点击隐藏",
+    "ogp_image_alt": "五个字符，每个一幅手写图，还有第六幅。它是哪一个？",
 }
 FOOTER = "<p>文字和代码采用 MIT 许可证；图中所示，是已记录的训练测得的结果。</p>"
 PAGE = """\
@@ -72,11 +73,15 @@ def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
     """A folder of sources for each edition: prose, executed notebooks, settings."""
     shutil.rmtree(folder, ignore_errors=True)
     for language, name in chinese.FOLDERS.items():
-        sources = folder / name
+        sources, shown = folder / name, chinese.translations(chinese.OUTPUTS)
         shutil.copytree(ROOT / "book", sources / "book", ignore=shutil.ignore_patterns("__pycache__", "*.mo"))
         contents = (ROOT / "_toc.yml").read_text(encoding="utf-8")
         for english, translated in chinese.translations("book/index").items() if language == "zh_CN" else ():
             contents = contents.replace(f"caption: {english}\n", f"caption: {translated}\n")
+        if language == "zh_CN":
+            contents = contents.replace("file: book/api\n", "file: book/api\n        title: 参考手册（英文）\n")
+            for pad in (sources / "book/_static" / name for name in chinese.PADS):
+                pad.write_text(chinese.in_pad(pad, chinese.speaker(shown)), encoding="utf-8")
         (sources / "_toc.yml").write_text(contents, encoding="utf-8")
         written = yaml.safe_dump(config(language, collect), allow_unicode=True, sort_keys=False)
         (sources / "_config.yml").write_text(written, encoding="utf-8")
@@ -84,7 +89,7 @@ def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
         for path in sorted(executed.glob("*.ipynb")):
             notebook = json.loads(path.read_text(encoding="utf-8"))
             if language == "zh_CN":
-                notebook = chinese.with_figure_texts(notebook, chinese.translations(f"notebooks/{path.stem}"))
+                notebook = chinese.with_figure_texts(notebook, chinese.translations(f"notebooks/{path.stem}"), shown)
             (sources / "notebooks" / path.name).write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
 
 
@@ -96,6 +101,9 @@ def write_site(folder: Path) -> None:
     for name in chinese.FOLDERS.values():
         shutil.move(folder / name / "_build/html", site / name)
         lighten(site / name)
+    say = chinese.speaker(chinese.translations(chinese.THEME))
+    for path in sorted((site / "zh").rglob("*.html")):
+        path.write_text(chinese.in_page(path.read_text(encoding="utf-8"), say), encoding="utf-8")
     for path in sorted((site / "zh/_sources/notebooks").glob("*.ipynb")):  # what the button for downloads gives
         notebook = json.loads(path.read_text(encoding="utf-8"))
         translated, _ = chinese.in_chinese(notebook, chinese.translations(f"notebooks/{path.stem}"))

@@ -18,6 +18,7 @@ from metatutor.runs import published, read_evaluations, run_folders, task_of
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
 RECIPE = "omniglot-best"  # how the names of its evaluations begin
+KINDS = {"train": "training characters", "validation": "validation characters", "test": "test characters"}
 FAILURES = {"installs": "does not install", "imports": "cannot be imported", "works": "fails"}
 
 
@@ -133,6 +134,64 @@ def search_table(results: Path) -> str:
     return tabulate(rows, head, "github", disable_numparse=True)
 
 
+def papers_table(results: Path) -> str:
+    """One row a method: accuracies under its paper's rules, where recorded, and the published ones; bold if reached."""
+    by_method: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in compared(results):
+        if row.paper:
+            by_method.setdefault(row.method, {})[row.ours.n_way, row.ours.k_shot] = row
+    rows = []
+    for method, of in by_method.items():
+        cells = [_beside_paper(of[setting]) if setting in of else "–" for setting in SETTINGS]
+        rows.append((method, *cells, _rules(list(of.values()))))
+    head = ("method", *(f"{n_way}-way {k_shot}-shot" for n_way, k_shot in SETTINGS), "rules")
+    return tabulate(rows, head, "github", disable_numparse=True)
+
+
+def _beside_paper(row: Row) -> str:
+    assert row.paper
+    found = str(row.as_published or row.ours)[:-1]
+    return f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
+
+
+def _rules(rows: list[Row]) -> str:
+    """What was done as in the paper and not as in the rest of this book."""
+    pairs = [(row.ours, row.as_published) for row in rows if row.as_published]
+    if not pairs:
+        return "as in this book"
+    characters = any(ours.split != theirs.split for ours, theirs in pairs)
+    return "the paper's characters" if characters else "the paper's number of queries"
+
+
+def gaps_table(results: Path) -> str:
+    """One row a result below its paper's: the same weights on three kinds of classes."""
+    path = results / "studies" / "gaps.json"
+    if not path.exists():
+        return ""
+    papers = {row.name: row.papers_cell for row in compared(results)}
+    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    rows = []
+    for row in measured:
+        seen = (f"{100 * row[kind]['accuracy']:.1f} ± {100 * row[kind]['ci95']:.1f}%" for kind in KINDS)
+        rows.append((row["method"], f"{row['n_way']}-way {row['k_shot']}-shot", papers[row["name"]], *seen))
+    return tabulate(rows, ("method", "task", "paper", *KINDS.values()), "github", disable_numparse=True)
+
+
+def splits_table(results: Path) -> str:
+    """One row a split: the same training and test on other characters."""
+    path = results / "studies" / "splits.json"
+    if not path.exists():
+        return ""
+    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    kinds = ("5-way 1-shot", "20-way 1-shot")
+    rows = [(_split(row["split"]), *(_fine(row[k]["accuracy"], row[k]["ci95"]) for k in kinds)) for row in measured]
+    return tabulate(rows, ("test characters", *kinds), "github", disable_numparse=True)
+
+
+def _split(name: str) -> str:
+    return f"random, seed {name.removeprefix('random-')}" if name.startswith("random-") else "Vinyals et al. (2016)"
+
+
 def _fine(value: float, ci95: Any, sign: str = "") -> str:
     """With two decimals, for small differences."""
     return f"{100 * value:{sign}.2f} ± {100 * ci95:.2f}"
@@ -157,6 +216,11 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
             "recipe": recipe_table(results),
             "ablation": ablation_table(results),
             "search": search_table(results),
+        },
+        root / "book/published.md": {
+            "papers": papers_table(results),
+            "gaps": gaps_table(results),
+            "splits": splits_table(results),
         },
         root / "book/methods.md": {"methods": methods_index(root)},
     }

@@ -1,6 +1,6 @@
 // The game on the landing page: endless 5-way 1-shot tasks of invented characters.
 // A character is a few pen strokes; a drawing of it moves every point a little and tilts the whole.
-// The first task is already in the page (it shows without this script); `node task.js SEED` prints such a task.
+// The first task is already in the page (it shows without this script); node task.js SEED prints such a task.
 
 function generator(seed) { // mulberry32: small, seeded, the same everywhere
   let state = seed >>> 0;
@@ -96,7 +96,7 @@ function play(figure) {
   const query = figure.querySelector(".mt-query svg");
   const verdict = figure.querySelector(".mt-verdict");
   const next = figure.querySelector(".mt-next");
-  const ordinals = ["first", "second", "third", "fourth", "fifth"];
+  const ordinals = [`the first one`, `the second one`, `the third one`, `the fourth one`, `the fifth one`];
   const score = { right: 0, tasks: 0 };
   let answer = Number(figure.dataset.answer);
   let seed = Date.now() % 1e9;
@@ -108,7 +108,8 @@ function play(figure) {
     score.right += right ? 1 : 0;
     cards[chosen].classList.add(right ? "mt-right" : "mt-wrong");
     cards[answer].classList.add("mt-right");
-    verdict.textContent = `${right ? "Yes" : "No"}, it is the ${ordinals[answer]}. `
+    const name = ordinals[answer];
+    verdict.textContent = (right ? `Yes, it is ${name}.` : `No, it is ${name}.`) + " "
       + `You: ${score.right} of ${score.tasks}, from one drawing a character.`;
     next.hidden = false;
   };
@@ -120,7 +121,7 @@ function play(figure) {
       card.querySelector("svg").innerHTML = task.support[i];
     });
     query.innerHTML = task.query;
-    verdict.textContent = "Which of the five is it?";
+    verdict.textContent = `Which of the five is it?`;
     next.hidden = true;
     cards[0].focus({ preventScroll: true });
   };

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from sources import NOTEBOOKS, PAGES, ROOT
 
 EVERY_PAGE = [sources.name(p.with_suffix("")) for p in (*PAGES, *NOTEBOOKS)]
 TRANSLATED = [page for page in EVERY_PAGE if page not in chinese.ENGLISH_ONLY]
+OF_NO_PAGE = [chinese.OUTPUTS, chinese.THEME]
+WIDGETS = sorted((ROOT / "metatutor/book/widgets").glob("*.html"))
 each_page = pytest.mark.parametrize("page", TRANSLATED)
+SHOWN = chinese.translations(chinese.OUTPUTS)
+each_catalogue = pytest.mark.parametrize("page", TRANSLATED + OF_NO_PAGE)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=sources.name)
 
 ROLE = re.compile(r"\{([\w:]+)\}`([^`]*)`")
@@ -44,7 +49,7 @@ def kept(message: str) -> dict[str, Counter[Any]]:
 # --- the catalogues ---
 
 
-@each_page
+@each_catalogue
 def test_every_message_is_translated(page: str) -> None:
     messages = [m for m in chinese.catalogue(page) if m.id]
     assert messages and [m.id for m in messages if m.fuzzy or not m.string] == []
@@ -65,9 +70,37 @@ def test_a_translation_is_chinese_and_no_list(page: str) -> None:
         assert list_like.match(english) or not list_like.match(translated), translated
 
 
+@each_page
+def test_a_term_of_the_glossary_is_shown_in_chinese(page: str) -> None:
+    glossary = chinese.translations("book/glossary")
+    for text in chinese.translations(page).values():
+        for name, body in ROLE.findall(text):
+            shown, target = re.fullmatch(r"(.*?)(?: <(.*)>)?", body, re.DOTALL).groups()  # type: ignore[union-attr]
+            if name == "term" and re.search(r"[\u4e00-\u9fff]", glossary[target or shown]):
+                assert re.search(r"[\u4e00-\u9fff]", shown), text
+
+
+@pytest.mark.parametrize("page", OF_NO_PAGE)
+def test_numbers_and_gaps_have_a_place_in_what_is_shown_in_chinese(page: str) -> None:
+    places = re.compile(r"#|\$\{[^}]*\}|<[^>]*>")
+    shown = chinese.translations(page)
+    wrong = [en for en, zh in shown.items() if Counter(places.findall(en)) != Counter(places.findall(zh))]
+    assert wrong == [] and not any("#" in gap for text in shown for gap in re.findall(r"\$\{[^}]*\}", text))
+
+
+@pytest.mark.parametrize("path", WIDGETS, ids=sources.name)
+def test_every_text_of_a_widget_is_translated(path: Path) -> None:
+    filled = re.sub(r"FILL_\w+", "1", path.read_text(encoding="utf-8"))
+    assert set(chinese.messages_of(chinese.texts_in(partial(chinese.in_page, filled)))) <= set(SHOWN)
+
+
+def test_every_text_of_the_pads_is_translated() -> None:
+    assert set(chinese.messages_of(chinese.pad_texts(ROOT / "book/_static"))) <= set(SHOWN)
+
+
 def test_no_catalogue_is_left_of_a_page_that_is_gone() -> None:
     found = {path.relative_to(ROOT / chinese.CATALOGUES).with_suffix("").as_posix() for path in _catalogues()}
-    assert found == set(TRANSLATED)
+    assert found == {*TRANSLATED, *OF_NO_PAGE}
 
 
 def _catalogues() -> list[Path]:
@@ -118,6 +151,14 @@ def cell(kind: str, source: str, **more: Any) -> dict[str, Any]:
     return {"cell_type": kind, "source": source.splitlines(keepends=True), "metadata": {}, **more}
 
 
+def test_words_in_formulas_of_a_notebook_are_replaced() -> None:
+    notebook = {"cells": [cell("markdown", "So\n\n$$\na \\text{if} b\n$$\n")]}
+    found, missing = chinese.in_chinese(
+        notebook, {"So": "于是", r"\text{if}": r"\text{若}", r"\text{no}": r"\text{否}"}
+    )
+    assert "".join(found["cells"][0]["source"]) == "于是\n\n$$\na \\text{若} b\n$$\n" and missing == [r"\text{no}"]
+
+
 def test_blocks_are_found_however_they_are_broken_and_marked() -> None:
     table, tip = "| head | two |\n|---|---|\n| head over | x |", "```{tip} Do\n> A\n> quote.\n```"
     text = f"# A title\n\nTwo\nlines.\n\n- an item\n  on two\n\n{table}\n\n{tip}"
@@ -142,10 +183,25 @@ def test_alternative_texts_of_metadata_and_of_pages_are_replaced() -> None:
     plot["metadata"] = {"mystnb": {"image": {"alt": "A line."}, "figure": {"caption": "It rises."}}}
     notebook = {"cells": [drawn, plot]}
     assert list(chinese.figure_texts(notebook)) == ["Three 'panels'", "It rises.", "A line."]
-    found = chinese.with_figure_texts(notebook, {"Three 'panels'": "三幅图", "A line.": "一条线。"})
-    assert found["cells"][0]["outputs"][0]["data"]["text/html"] == '<img alt="三幅图: 1 step">'
+    assert chinese.messages_of(chinese.shown_texts(notebook)) == ["# step"]
+    found = chinese.with_figure_texts(notebook, {"Three 'panels'": "三幅图", "A line.": "一条线。"}, {"# step": "# 步"})
+    assert found["cells"][0]["outputs"][0]["data"]["text/html"] == '<img alt="三幅图：1 步">'
     assert found["cells"][1]["metadata"]["mystnb"]["image"]["alt"] == "一条线。"
     assert "A line." in json.dumps(notebook)  # the English one stays as it is
+
+
+def test_texts_of_widgets_and_entries_of_tables_are_replaced_and_nothing_else() -> None:
+    page = '<style>.old{}</style><b title="old" class="old"> old\nwords: 3 &amp; 4</b><script>old + `old ${x}`</script>'
+    table = "| old | a \\| b |\n|:--|--:|\n| 7 old |  |\n| old: 1.5 | −2 ± 1 |\n"
+    widget, shown = {"data": {"text/html": [page]}}, {"data": {"text/markdown": [table]}}
+    notebook = {"cells": [cell("code", "show()", outputs=[widget, shown])]}
+    words = {"old": "旧", "old words: # & #": "旧词：# & #", "old ${x}": "旧 ${x}", "# old": "# 旧", "old: #": "旧：#"}
+    assert chinese.messages_of(chinese.shown_texts(notebook)) == list(words)
+    assert "7 old" not in list(chinese.shown_texts(notebook, entries=False))
+    found = chinese.with_figure_texts(notebook, {}, words)["cells"][0]["outputs"]
+    said = '<style>.old{}</style><b title="旧" class="old"> 旧词：3 &amp; 4</b><script>old + `旧 ${x}`</script>'
+    assert found[0]["data"]["text/html"] == said
+    assert found[1]["data"]["text/markdown"] == "| 旧 | a \\| b |\n|:--|--:|\n| 7 旧 |  |\n| 旧：1.5 | −2 ± 1 |\n"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +210,7 @@ def test_alternative_texts_of_metadata_and_of_pages_are_replaced() -> None:
         ("$N$", False),
         ("`n_way`", False),
         ("{cite:t}`finn2017model`", False),
+        ("{term}`adapted parameters`", True),
         ("\n\\begin{aligned}", False),
         ("a task", True),
     ],
@@ -206,17 +263,31 @@ def test_terms_of_the_glossary_are_words_of_the_search() -> None:
     assert {"元学习", "MAML"} <= set(ChineseSearch({}).split("元学习的 MAML"))
 
 
-def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
-    """In the English build, where whoever changed it sees it."""
+def built(folder: Path, language: str, page: str) -> tuple[str, str]:
+    """The text of a page for which `Old title` and two formulas are translated, and what the build told."""
     from sphinx.application import Sphinx
 
-    (tmp_path / "conf.py").write_text("extensions = ['chinese']\nlanguage = 'en'\n")
-    (tmp_path / "index.rst").write_text("Old title\n=========\n\nNew.\n")
+    (folder / "conf.py").write_text(f"extensions = ['chinese']\nlanguage = '{language}'\n")
+    (folder / "index.rst").write_text(page, encoding="utf-8")
     messages = Catalog(locale="zh_CN", fuzzy=False)
-    messages.add("Old title", "旧题")
-    chinese.write_catalogue("index", messages, tmp_path)
-    with (tmp_path / "warnings").open("w") as warnings:
-        source, out, trees = str(tmp_path), str(tmp_path / "out"), str(tmp_path / "trees")
-        Sphinx(source, source, out, trees, "dummy", status=None, warning=warnings).build()
-    told = (tmp_path / "warnings").read_text()
-    assert told.count("not translated into Chinese") == 1 and "New." in told
+    for english, translated in {"Old title": "旧题", r"\text{if}": r"\text{若}", r"\text{so}": r"\text{故}"}.items():
+        messages.add(english, translated)
+    chinese.write_catalogue("index", messages, folder)
+    with (folder / "warnings").open("w") as warnings:
+        source, out, trees = str(folder), str(folder / "out"), str(folder / "trees")
+        app = Sphinx(source, source, out, trees, "dummy", status=None, warning=warnings, freshenv=True)
+        app.build()
+    return app.env.get_doctree("index").astext(), (folder / "warnings").read_text()
+
+
+def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
+    """In the English build, where whoever changed it sees it."""
+    _, told = built(tmp_path, "en", "Old title\n=========\n\nNew, :math:`a \\text{but}`.\n")
+    assert told.count("not translated into Chinese") == 2 and "New" in told and r"\text{but}" in told
+
+
+def test_words_in_formulas_are_chinese(tmp_path: Path) -> None:
+    page = "Old title\n=========\n\n:math:`a \\text{if} b`\n\n.. math::\n\n   x \\text{so} y_\\text{ReLU}\n"
+    text, told = built(tmp_path, "zh_CN", page)
+    assert r"a \text{若} b" in text and r"x \text{故} y_\text{ReLU}" in text and "not translated" not in told
+    assert r"\text{if}" in built(tmp_path, "en", page)[0]

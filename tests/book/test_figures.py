@@ -238,9 +238,16 @@ def test_live_where_somebody_sits_at_the_kernel(monkeypatch: pytest.MonkeyPatch)
 def test_a_table_is_markdown_with_figures_to_the_right() -> None:
     shown = figures.table(("method", "points", "time"), ("MAML", "+1.0 ± 0.2", 3), ("pixels", "", 10))
     assert shown.splitlines()[1] == "|:--|--:|--:|"
+    assert shown.splitlines()[3] == "| pixels | – | 10 |"
+    assert figures.table(("task", "right"), ("20-way 1-shot", "96%")).splitlines()[1] == "|:--|--:|"
     assert shown._repr_markdown_() == shown and shown._repr_html_() is None
     with pytest.raises(ValueError, match="head has 2 columns but a row has 3"):
         figures.table(("a", "b"), (1, 2, 3))
+
+
+def test_a_table_has_minus_signs_where_a_number_is_negative() -> None:
+    shown = figures.table(("change", "from"), ("-0.4 … -.3", "Conv-4, 5-way"), (-1200, "1e-05"))
+    assert shown.splitlines()[1:] == ["|--:|:--|", "| −0.4 … −.3 | Conv-4, 5-way |", "| −1,200 | 1e-05 |"]
 
 
 def test_a_bar_in_a_table_divides_nothing() -> None:

@@ -169,7 +169,7 @@ def test_a_filling_memory_is_small_and_needs_no_network() -> None:
     page = figures.filling_memory(**shown)
     assert len(page) < 100_000 and page == page._repr_html_()
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "src=" not in page
-    assert page.count("<script") == page.count("</script") == 1 and "$" not in page
+    assert page.count("<script") == page.count("</script") == 1 and "FILL_" not in page
     assert page.count("setInterval") == 1 and "animation" not in page and "transition" not in page
     assert 'value="29"' in page and 'value="4"' in figures.filling_memory(**shown, start=4)
     assert "24 of the 128 slots" in page and "<noscript>This figure needs JavaScript" in page
@@ -237,9 +237,9 @@ def test_the_page_shows_the_memory_after_each_image(tmp_path: Path) -> None:
     for state in states:
         t = state["t"]
         assert state["slots"] == [str(slot) for slot in slots]
-        rgb = torch.tensor(state["numbers"]).view(6, 5, 4)[..., :3] / 255
+        rgb, opacity = (torch.tensor(state["numbers"]).view(6, 5, 4) / 255).split([3, 1], -1)
         expected = torch.from_numpy(DIVERGING(scaled[t].numpy())[..., :3])
-        assert torch.allclose(rgb.double(), expected, atol=0.02), t
+        assert torch.allclose((1 - opacity * (1 - rgb)).double(), expected, atol=0.02), t  # on white
         ink = 1 - torch.tensor(state["asked"]).view(4, 6, 4)[..., 0] / 255
         assert torch.allclose(ink, shown["images"][t], atol=0.005)
         lengths = torch.tensor(state["bars"]) / 255 * bars.amax((1, 2))[:, None]

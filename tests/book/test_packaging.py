@@ -122,7 +122,7 @@ def test_the_recorded_runs_come_with_the_installation(checkout: Path) -> None:
         expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "metatutor").rglob(f"*.{kind}")}
     assert expected | {"metatutor/episodes.py", "metatutor/py.typed"} <= installed
     parts = {name for name in installed if name.startswith("metatutor/")}
-    kinds = {".py", ".typed", ".html", ".js", ".json", ".csv", ".safetensors", ".zip"}
+    kinds = {".py", ".typed", ".html", ".css", ".js", ".json", ".csv", ".safetensors", ".zip"}
     assert {Path(name).suffix for name in parts} == kinds
     assert {name.split("/")[0] for name in installed - parts} == {f"metatutor-{PROJECT['version']}.dist-info"}
 

@@ -57,9 +57,18 @@ def test_scripts_and_styles_can_be_read_as_they_stand(path: Path, tmp_path: Path
         assert node(["--check", str(tmp_path / "script.js")]) == 0
 
 
+@each_widget
+def test_colours_follow_the_page(path: Path) -> None:
+    style = path.read_text(encoding="utf-8").partition("</style>")[0]
+    assert style.startswith("<style>\nFILL_theme\n") and "var(--pst-" not in style
+    white = [rule for rule in style.split("}") if "background:#fff" in rule and "filter:var(--drawing)" not in rule]
+    assert len(white) == (path.stem == "steps")  # plots stay on white
+
+
 def test_every_gap_is_filled_or_named() -> None:
     fill = {"id": "steps-1", "buttons": "<b>$5 FILL_id</b>", "images": "", "chosen": "#steps-1"}
     assert '<div id="steps-1" role="radiogroup" aria-label="step"><b>$5 FILL_id</b>' in widget("steps", **fill)
+    assert "#steps-1{--accent:" in widget("steps", **fill)
     with pytest.raises(KeyError, match="chosen"):
         widget("steps", **{name: text for name, text in fill.items() if name != "chosen"})
 

@@ -68,8 +68,7 @@ def movable_goal(learner: MetaPolicy, *, goal: tuple[float, float] = (0.3, 0.25)
         "reach": REACH,
     }
     text = json.dumps(state, separators=(",", ":"))
-    shown = {"before": GREY, "after": BLUE, "goal": ORANGE, "steps": steps}
-    return widget("goal", id=identity("goal", text), state=text, **shown)
+    return widget("goal", id=identity("goal", text), state=text, goal=ORANGE, steps=steps)
 
 
 def _numbers(tensor: Tensor) -> list[float]:

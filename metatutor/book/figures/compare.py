@@ -18,14 +18,15 @@ Point = tuple[float, float, float]  # cost, error and half the width of its inte
 def cost(families: Mapping[str, Mapping[str, Point]], *, x: str, y: str = "wrong answers") -> Picture:
     """Errors against a cost, both on logarithmic axes: the lower left corner is where one wants to be.
 
-    The names are in a column on the right, from the worst to the best, each with a line to its point.
+    The names are in a column on the right, from the worst to the best, each with a line of its family's colour to its
+    point.
 
     Args:
         families: family, shown by colour and marker, to method to cost, error (0–1) and half the width of its interval.
         x, y: what the axes show, with the unit.
     """
     n_methods = sum(map(len, families.values()))
-    figure = picture(max(3.2, 0.19 * n_methods + 1.2))
+    figure = picture(max(3.2, 0.22 * n_methods + 1.2))
     axes = figure.subplots()
     places: list[tuple[float, float, str, str]] = []
     for (family, methods), colour, marker in zip(families.items(), COLOURS, MARKERS, strict=False):
@@ -41,10 +42,8 @@ def cost(families: Mapping[str, Mapping[str, Point]], *, x: str, y: str = "wrong
         axis.set_minor_locator(NullLocator())
     for i, (error, at, name, colour) in enumerate(sorted(places, reverse=True)):
         height = 1 - (i + 0.5) / len(places)
-        line = {"arrowstyle": "-", "color": GREY, "lw": 0.4, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
-        axes.annotate(
-            name, (at, error), (1.06, height), "data", "axes fraction", line, color=colour, size=8, va="center"
-        )
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 2, "shrinkB": 3, "relpos": (0, 0.5)}
+        axes.annotate(name, (at, error), (1.06, height), "data", "axes fraction", line, size=9, va="center")
     figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
 
@@ -59,7 +58,7 @@ def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Pic
     """
     figure = picture(3.9)
     axes = figure.subplots()
-    looks = zip(cycle(COLOURS), cycle(MARKERS), strict=False)
+    looks = zip(cycle(COLOURS), cycle(MARKERS + "*"), strict=False)  # seven and eight: no pair twice among 56
     for (name, points), (colour, marker) in zip(groups.items(), looks, strict=False):
         axes.plot(*points.numpy().T, marker, color=colour, label=name, ms=4, alpha=0.8, mew=0)
     axes.set(xlabel=x, ylabel=y)

@@ -48,17 +48,22 @@ def lines(
     """
     figure = picture(3.2)
     axes = figure.subplots()
-    if not log_x and all(isinstance(at, int) for xs, *_ in series.values() for at in xs):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for (name, (xs, ys, *halves)), colour, dash, marker in zip(series.items(), COLOURS, DASHES, MARKERS, strict=False):
         axes.errorbar(xs, ys, *halves, fmt=marker + dash, color=colour, capsize=3 * len(halves), label=name)
-    draw_levels(axes, levels)
+    first, last = ([ys[end] for _, ys, *_ in series.values()] for end in (0, -1))
+    draw_levels(axes, levels, right=[n for n, at in (levels or {}).items() if _nearest(first, at) < _nearest(last, at)])
     axes.set(xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
+    if not log_x and all(isinstance(at, int) for xs, *_ in series.values() for at in xs):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # a scale brings its own
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(series) > 1:
         figure.legend(loc="outside upper left", ncols=2, alignment="left")
     return figure
+
+
+def _nearest(heights: Sequence[float], level: float) -> float:
+    return min(abs(height - level) for height in heights)
 
 
 @styled

@@ -63,7 +63,7 @@ def filling_memory(
     state |= _memory(matrix[:, slots], bookkeeping(read_weights, write_weights, usage, slots))
     state["shares"] = _shares(write_weights, read_weights, slots)
     text = json.dumps(state, separators=(",", ":"))
-    colours = dict(zip(("written", "read", "usage"), KINDS.values(), strict=True)) | {"low": BLUE, "high": RED}
+    colours = {"written": KINDS["written"], "read": KINDS["read"], "low": BLUE, "high": RED}
     sizes = {"last": len(images) - 1, "start": start, "rows": len(slots), "all": matrix.shape[1]}
     pitch = max(3, min(14, 420 // max(1, len(slots))))  # of the rows, in CSS pixels
     fill = {"state": text, "pitch": pitch, "row": f"{pitch}px", **colours, **sizes}

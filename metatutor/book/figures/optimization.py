@@ -31,7 +31,7 @@ def beginnings(
     for (name, (xs, ys)), dash in zip(tasks.items(), DASHES, strict=False):
         above.plot(xs.numpy(), ys.numpy(), dash, color=GREY, label=name)
     above.set(ylabel=y)
-    above.legend(loc="upper center")
+    above.legend(loc="upper left")
     for row, (start, colour, marker) in enumerate(zip(starts.values(), COLOURS, MARKERS, strict=False)):
         above.axvline(start, color=colour, lw=1, alpha=0.6)
         below.axvline(start, color=colour, lw=1, alpha=0.6)

@@ -27,7 +27,7 @@ def drawn_again(model: ConditionalVAE) -> Shown:
         model: the model that draws.
     """
     layers, weights = layers_of(model), packed(model)
-    size = f"{len(weights) / 1e6:.1f} MB"
+    size = f"{len(weights) / 1e6:.1f}"
     inline, source = (weights, "") if live() else ("", SOURCE)
     shapes = json.dumps([(name, shape_of(weight)) for name, (weight, _) in layers.items()], separators=(",", ":"))
     gaps = {

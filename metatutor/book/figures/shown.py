@@ -41,7 +41,7 @@ def widget(name: str, **fill: object) -> Shown:
 
     Args:
         name: name of the file, without `.html`.
-        fill: gap to text; HTML where HTML belongs. `FILL_scan` is what several widgets share, `scan.js`.
+        fill: gap to text; HTML where HTML belongs. Widgets share `FILL_theme`, their colours, and `FILL_scan`.
 
     Returns:
         HTML, which a notebook shows.
@@ -49,8 +49,8 @@ def widget(name: str, **fill: object) -> Shown:
     Raises:
         KeyError: if there is no text for a gap.
     """
-    text, scan = (_file(file) for file in (f"{name}.html", "scan.js"))
-    return Shown(_Widget(text).substitute(fill, scan=scan.strip()).strip())
+    text, theme, scan = (_file(file).strip() for file in (f"{name}.html", "theme.css", "scan.js"))
+    return Shown(_Widget(_Widget(text).safe_substitute(theme=theme, scan=scan)).substitute(fill))
 
 
 def _file(name: str) -> str:
@@ -67,7 +67,7 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
 
     Args:
         head: one title per column.
-        rows: one entry per column; anything that can be printed.
+        rows: one entry per column; anything that can be printed, and nothing is shown as –.
 
     Raises:
         ValueError: if a row is longer or shorter than the head.
@@ -81,20 +81,20 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
     if wrong := [row for row in rows if len(row) != len(head)]:
         raise ValueError(f"the head has {len(head)} columns but a row has {len(wrong[0])}: {wrong[0]}")
     texts = [[_entry(entry) for entry in row] for row in rows]
-    of_figures = [all(not text or text[0] in _FIGURES for text in column) for column in zip(*texts, strict=True)]
+    of_figures = [all(map(_FIGURE.match, column)) for column in zip(*texts, strict=True)]
     marks = ["--:" if right else ":--" for right in of_figures] or [":--"] * len(head)
     cells = [[re.sub(r"(?<!\\)\|", r"\\|", str(entry)) for entry in row] for row in (head, *texts)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return Shown("\n".join([lines[0], "|" + "|".join(marks) + "|", *lines[1:]]))
 
 
-_FIGURES = "0123456789+-−–."
+_FIGURE = re.compile(r"[\d+\-−–.](?!\d*-[a-z])")  # 5-way begins a name
 
 
 def _entry(entry: object) -> str:
-    """Thousands separated by commas, and no line break within 95.6 ± 0.4%."""
-    text = f"{entry:,}" if type(entry) is int else str(entry)
-    return text.replace(" ± ", "\u00a0±\u00a0")
+    """Thousands separated by commas, minus signs for minus signs, and no line break within −5.6 ± 0.4%."""
+    text = f"{entry:,}" if type(entry) is int else str(entry) or "–"
+    return re.sub(r"(?<![\w-])-(?=[\d.])", "−", text).replace(" ± ", "\u00a0±\u00a0")
 
 
 def stepper(frames: Mapping[str, Picture], *, alt: str) -> Shown:

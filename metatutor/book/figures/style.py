@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from typing import Any, ParamSpec
@@ -75,6 +76,10 @@ CJK_FONTS = (
 )
 
 
+# the fonts above have one weight each; matplotlib would say so in the middle of a chapter
+logging.getLogger("matplotlib.font_manager").addFilter(lambda record: "font weight" not in record.getMessage())
+
+
 P = ParamSpec("P")
 
 
@@ -130,10 +135,10 @@ def colour_of(label: int) -> str:
     return COLOURS[label % len(COLOURS)]
 
 
-def draw_levels(axes: Axes, levels: Mapping[str, float] | None) -> None:
-    """Thin horizontal lines with their names."""
+def draw_levels(axes: Axes, levels: Mapping[str, float] | None, right: Collection[str] = ()) -> None:
+    """Thin horizontal lines with their names, at the left or, those named in `right`, at the right."""
     for name, height in (levels or {}).items():
         axes.axhline(height, color=GREY, lw=1, ls=":")
-        axes.annotate(
-            name, (0.02, height), (0, 3), ("axes fraction", "data"), "offset points", color=GREY, annotation_clip=False
-        )
+        at, side = (0.98, "right") if name in right else (0.02, "left")
+        place = ("axes fraction", "data"), "offset points"
+        axes.annotate(name, (at, height), (0, 3), *place, color=GREY, ha=side, annotation_clip=False)

@@ -104,8 +104,7 @@ def adapting_wave(
         f'<label for="{name}-{i}">{escape(title)}</label>'
         for i, title in enumerate(networks)
     )
-    colours = {"before": GREY, "after": BLUE, "point": ORANGE}
-    return widget("wave", id=name, radios=radios, steps=steps, state=text, **colours)
+    return widget("wave", id=name, radios=radios, steps=steps, state=text, point=ORANGE)
 
 
 def _check(

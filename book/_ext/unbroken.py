@@ -1,0 +1,55 @@
+"""No line of a page breaks within "5-way", or between a formula and the word or the punctuation that it touches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+from docutils import nodes
+
+TASK = re.compile(r"(\b\d+-(?:way|shot)\b)")
+# what touches a formula; Chinese words do not, as Chinese has no spaces
+AFTER = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[、。，；：！？）》」])*")
+BEFORE = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[（《「])*\Z")
+VERBATIM = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)
+
+
+def keep_together(app: Any, doctree: nodes.document, page: str) -> None:
+    """Put what belongs on one line into an element of its own; the text stays the one that readers search for."""
+    for parent in dict.fromkeys(formula.parent for formula in doctree.findall(nodes.math)):
+        pieces = list(_pieces(parent))
+        parent.clear()
+        for touching, group in groupby(pieces, key=lambda piece: piece[0]):
+            children = [child for _, child in group]
+            parent += [_whole(*children)] if touching and len(children) > 1 else children
+    for text in list(doctree.findall(nodes.Text)):
+        parts = TASK.split(text)
+        if len(parts) > 1 and not isinstance(text.parent, VERBATIM):
+            texts = [nodes.Text(part) for part in parts]
+            text.parent.replace(text, [_whole(text) if n % 2 else text for n, text in enumerate(texts) if text])
+
+
+def _pieces(parent: nodes.Element) -> Iterator[tuple[bool, nodes.Node]]:
+    """What a parent of formulas contains, and whether it is a formula or touches one; texts are cut accordingly."""
+    formula = [isinstance(child, nodes.math) for child in parent]
+    beside = zip([False, *formula[:-1]], [*formula[1:], False], strict=True)
+    for child, is_formula, (follows, precedes) in zip(parent, formula, beside, strict=True):
+        if not isinstance(child, nodes.Text):
+            yield is_formula, child
+            continue
+        begin = next(AFTER.finditer(child)).end() if follows else 0
+        end = next(BEFORE.finditer(child, begin)).start() if precedes else len(child)
+        parts = (True, child[:begin]), (False, child[begin:end]), (True, child[end:])
+        yield from ((touching, nodes.Text(part)) for touching, part in parts if part)
+
+
+def _whole(*children: nodes.Node) -> nodes.inline:
+    return nodes.inline("", "", *children, classes=["mt-whole"])
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Connect the extension to Sphinx."""
+    app.connect("doctree-resolved", keep_together)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,57 @@
+"""Where an accuracy stays below its paper's: the same weights on the classes they were trained on, and on new ones.
+
+    python studies/gaps.py
+
+For each recorded evaluation below the published number less its interval, under the paper's own rules where these were
+recorded: accuracy on tasks of meta-training, meta-validation and meta-test classes. If the first reaches the paper's
+number, what is missing is generalisation, or luck with the characters; if it does not, the training was too short or
+the network too small.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from common import write
+
+from metatutor.comparison import PUBLISHED, compared
+from metatutor.config import load_config, parse_test
+from metatutor.evaluation import evaluate
+from metatutor.runs import load_learner, read_evaluations, run_folders
+
+
+def main(data: Path | None = None, n_episodes: int = 400) -> None:
+    """Evaluate on three kinds of classes, in half an hour on one core, and write `results/studies/gaps.json`.
+
+    Args:
+        data: where Omniglot lies.
+        n_episodes: tasks of each measurement; more where a task has few queries, so that as many are asked.
+    """
+    torch.set_num_threads(1)
+    tests = {
+        test.name: (folder, test)
+        for folder in run_folders()
+        for test in map(parse_test, read_evaluations(folder)["evaluations"])
+    }
+    rows = []
+    for row in (row for row in compared() if row.below_paper):
+        folder, test = tests.get(row.name + PUBLISHED) or tests[row.name]
+        config = load_config(folder)
+        learner, spec = load_learner(folder, config.tested(test)), config.test_spec(test)
+        splits: Any = config.data.load(data)
+        n_tasks = n_episodes * (3 if spec.n_query == 1 else 1)
+        found: dict[str, Any] = {"name": row.name, "method": row.method, "split": splits.id, "n_episodes": n_tasks}
+        found |= {"n_way": spec.n_way, "k_shot": spec.k_shot, "n_query": spec.n_query}
+        for kind in ("train", "validation", "test"):
+            result = evaluate(learner, getattr(splits, kind), spec, n_episodes=n_tasks, seed=7)
+            found[kind] = {"accuracy": result.accuracy, "ci95": result.ci95}
+        rows.append(found)
+        print(found, flush=True)
+    write("gaps", rows)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

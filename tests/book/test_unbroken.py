@@ -1,0 +1,37 @@
+"""Where lines of a page must not break."""
+
+from __future__ import annotations
+
+from docutils import nodes, utils
+from unbroken import keep_together
+
+
+def kept(*children: nodes.Node) -> list[str]:
+    """What is kept together of a paragraph, whose text stays the same."""
+    document = utils.new_document("page")
+    document += nodes.paragraph("", "", *children)
+    before = document.astext()
+    keep_together(None, document, "page")
+    assert document.astext() == before
+    return [found.astext() for found in document.findall(nodes.inline)]
+
+
+def test_the_shape_of_a_task() -> None:
+    text = "Of 5-way 1-shot tasks, and few-shot ones."
+    assert kept(nodes.Text(text), nodes.literal("", "5-way"), nodes.emphasis("", "20-way")) == [
+        "5-way",
+        "1-shot",
+        "20-way",
+    ]
+
+
+def test_a_formula_and_what_touches_it() -> None:
+    x, y = nodes.math("", "x"), nodes.math("", "y")
+    assert kept(nodes.Text("with ("), x, nodes.Text(", or "), y, nodes.Text("-way) it is")) == ["(x,", "y-way)"]
+    x, y = nodes.math("", "x"), nodes.math("", "y")
+    assert kept(x, nodes.Text("/"), y, nodes.strong("", "bold")) == ["x/y"]
+
+
+def test_chinese_words_touch_no_formula() -> None:
+    x, y = nodes.math("", "x"), nodes.math("", "y")
+    assert kept(nodes.Text("参数（"), x, nodes.Text("）。再看"), y, nodes.Text("的值")) == ["（x）。"]
