@@ -183,7 +183,7 @@ def memory_mib(device: str, peak: bool = False) -> float:
 def chosen(
     config: Config, implementations: Mapping[str, object], packages: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
-    """The implementations to run, and the peers that are not installed; `packages` are the peers that may be missing.
+    """The implementations to run, and the peers that are not installed; `packages`: modules of those that may be missing.
 
     Raises:
         SystemExit: if a peer or a variant is unknown.
@@ -252,7 +252,7 @@ def compare(
         settings: the sizes of the work.
         rounds: timed steps.
         implementations: all there are, by name.
-        packages: the packages of those peers that may be missing.
+        packages: the modules of those peers that may be missing, which are named as the package index names them.
         check: how far the gradients of some implementations are from the expected one; stops if too far.
         prepare: an implementation in a setting; by a name that a new process can import.
     """
@@ -261,7 +261,7 @@ def compare(
     names, missing = chosen(config, implementations, packages)
     print(machine(config))
     if packages:
-        print(", ".join(f"{name} {version(packages[name])}" for name in names if name in packages), flush=True)
+        print(", ".join(f"{name} {version(name)}" for name in names if name in packages), flush=True)
     for name in missing:
         print(f"{name}: not installed")
     print(f"\n{about}; {rounds} rounds")

@@ -5,14 +5,16 @@
 
 A setting `pooled-15q-5s` is a max-pooled network, 15 queries a class and 5 inner steps; `strided` halves its images by
 strided convolutions. Ours is what `train` does in a step, `accumulate(MAML(...), episode)`, with `ConvNet`; every peer
-adapts task by task the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights.
-Nothing is timed before all have given the same gradient in float64. Then each lives in a process of its own and they
-take turns, one step at a time, so that whatever else the machine does meets all alike. Peak memory is what the steps
-add to the process; the ratio is to metatutor's median in the same setting. Peers that are not installed are left out.
+adapts the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights: task by task,
+or as parallel-metalearn and JAX do, all at once by their `vmap`. Nothing is timed before all have given the same
+gradient in float64. Then each lives in a process of its own and they take turns, one step at a time, so that whatever
+else the machine does meets all alike. Peak memory is what the steps add to the process, for JAX with what compiling
+takes; the ratio is to metatutor's median in the same setting. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,7 +58,7 @@ class Config(harness.Config):
     """
 
     settings: tuple[str, ...] = SETTINGS
-    peers: tuple[str, ...] = ("plain loop", "higher", "TorchOpt", "learn2learn")
+    peers: tuple[str, ...] = ("plain loop", "higher", "TorchOpt", "learn2learn", "parallel-metalearn", "JAX")
     variants: tuple[str, ...] = ()
     tasks: int = 32
     filters: int = 64
@@ -169,6 +171,97 @@ def learn2learn_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepar
     return maml, backward
 
 
+class Layers(nn.Sequential):
+    """Layers that need nothing of what parallel-metalearn tells every module, such as the inner step."""
+
+    def forward(self, input: Tensor, **told: Any) -> Tensor:
+        return super().forward(input)
+
+
+def parallel_metalearn(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
+    from metalearn.algorithms import MAML as TheirMAML
+    from metalearn.inner_optimizers import InnerSGD
+    from metalearn.loss import CategoricalAccuracy, CrossEntropy
+    from metalearn.model_wrappers import MAML_Model
+    from metalearn.nn_models.basic_layers.BatchNormalization import BatchNorm
+
+    images = episode.support_images
+    net = ordinary(network, BatchNorm)  # vmap over a BatchNorm2d with weights of each task: wrong second derivatives
+    model = MAML_Model(Layers(*net[:-1]), Layers(net[-1]))
+    inner = InnerSGD(model.get_fast_weights(), learn_lr=False).to(images)
+    nn.init.constant_(inner.lrs["lr_global"], INNER_LR)  # which the constructor rounds to float32
+    maml = TheirMAML(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        inner_optimizer=inner,
+        support_loss_fn=CrossEntropy(CategoricalAccuracy()),
+        inner_steps=inner_steps,
+        chunk_size=len(episode),
+        device=images.device,
+    )
+    batch = images, {"labels": episode.support_labels}, episode.query_images, {"labels": episode.query_labels}
+
+    def backward() -> None:
+        maml.step(iter([batch]))
+
+    return model, backward
+
+
+def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
+    os.environ["PJRT_NPROC"] = str(torch.get_num_threads())  # read once, when JAX makes its first array
+    import jax
+    from jax import lax
+    from jax import numpy as jnp
+
+    jax.config.update("jax_platforms", episode.support_images.device.type)
+    jax.config.update("jax_enable_x64", episode.support_images.dtype == torch.float64)
+    strides = [block.stride for block in network.blocks if isinstance(block, ConvBlock)]
+
+    def array(tensor: Tensor) -> jax.Array:
+        return jnp.asarray(tensor.detach().cpu().numpy())
+
+    def logits(parameters: list[jax.Array], images: jax.Array) -> jax.Array:
+        *blocks, head_weight, head_bias = parameters
+        for stride, weight, scale, shift in zip(strides, blocks[::3], blocks[1::3], blocks[2::3], strict=True):
+            layout = "NHWC", "OIHW", "NHWC"
+            images = lax.conv_general_dilated(images, weight, (stride, stride), 2 * [(1, 1)], dimension_numbers=layout)
+            mean, variance = images.mean((0, 1, 2)), images.var((0, 1, 2))
+            images = jax.nn.relu((images - mean) * lax.rsqrt(variance + 1e-5) * scale + shift)
+            if stride == 1:
+                images = lax.reduce_window(images, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return images.transpose(0, 3, 1, 2).reshape(len(images), -1) @ head_weight.T + head_bias
+
+    def loss(parameters: list[jax.Array], images: jax.Array, labels: jax.Array) -> jax.Array:
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits(parameters, images)), labels[:, None], 1).mean()
+
+    def task_loss(parameters: list[jax.Array], task: tuple[jax.Array, ...]) -> jax.Array:
+        support_images, support_labels, query_images, query_labels = task
+        adapted = parameters
+        for _ in range(inner_steps):
+            gradients = jax.grad(loss)(adapted, support_images, support_labels)
+            adapted = [p - INNER_LR * g for p, g in zip(adapted, gradients, strict=True)]
+        return loss(adapted, query_images, query_labels)
+
+    def mean_loss(parameters: list[jax.Array], episode: tuple[jax.Array, ...]) -> jax.Array:
+        return jax.vmap(task_loss, (None, 0))(parameters, episode).mean()
+
+    parameters = [array(p) for p in network.parameters()]
+    data = (
+        array(episode.support_images.movedim(-3, -1)),
+        array(episode.support_labels),
+        array(episode.query_images.movedim(-3, -1)),
+        array(episode.query_labels),
+    )
+    meta_gradient = jax.jit(jax.grad(mean_loss))
+
+    def backward() -> None:
+        gradients = jax.block_until_ready(meta_gradient(parameters, data))
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter.grad = torch.from_dlpack(gradient)
+
+    return network, backward
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "metatutor": metatutor,
     "metatutor-recompute": partial(metatutor, recompute=True),
@@ -179,18 +272,26 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "higher": higher_,
     "TorchOpt": torchopt_,
     "learn2learn": learn2learn_,
+    "parallel-metalearn": parallel_metalearn,
+    "JAX": jax_,
 }
-PACKAGES = {"higher": "higher", "TorchOpt": "torchopt", "learn2learn": "learn2learn"}
+PACKAGES = {
+    "higher": "higher",
+    "TorchOpt": "torchopt",
+    "learn2learn": "learn2learn",
+    "parallel-metalearn": "metalearn",
+    "JAX": "jax",
+}
 
 
-def ordinary(network: ConvNet) -> nn.Sequential:
+def ordinary(network: ConvNet, batch_norm: Callable[..., nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
     """The network a user of the peers would write, with the same weights; its parameters come in the same order."""
     layers: list[nn.Module] = []
     for block in network.blocks:
         assert isinstance(block, ConvBlock)
         c_out, c_in = block.weight.shape[:2]
         layers += [nn.Conv2d(c_in, c_out, 3, stride=block.stride, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(c_out, track_running_stats=False), nn.ReLU()]
+        layers += [batch_norm(c_out, track_running_stats=False), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if block.stride == 1 else []
     weight = network.get_parameter("head.weight")
     net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(weight.shape[1], len(weight))).to(weight)

@@ -81,10 +81,15 @@ class Row:
 
     @property
     def below_paper(self) -> bool:
-        """Whether the result, under the paper's rules if recorded, is below the published number less its interval."""
+        """Whether the result, under the paper's rules if recorded, is below the published number less its interval.
+
+        It is rounded as the paper rounds: to tenths of a percent, or to hundredths.
+        """
         if self.paper is None:
             return False
-        return (self.as_published or self.ours).accuracy < self.paper["accuracy"] - (self.paper["ci95"] or 0)
+        least = round(self.paper["accuracy"] - (self.paper["ci95"] or 0), 4)
+        digits = max(3, len(f"{self.paper['accuracy']:.4f}".rstrip("0")) - 2)
+        return round((self.as_published or self.ours).accuracy, digits) < least
 
     @property
     def papers_cell(self) -> str:

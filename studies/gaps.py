@@ -23,12 +23,12 @@ from metatutor.evaluation import evaluate
 from metatutor.runs import load_learner, read_evaluations, run_folders
 
 
-def main(data: Path | None = None, n_episodes: int = 400) -> None:
+def main(data: Path | None = None, n_queries: int = 15_000) -> None:
     """Evaluate on three kinds of classes, in half an hour on one core, and write `results/studies/gaps.json`.
 
     Args:
         data: where Omniglot lies.
-        n_episodes: tasks of each measurement; more where a task has few queries, so that as many are asked.
+        n_queries: about as many query images are asked in each measurement, in 100 to 600 tasks.
     """
     torch.set_num_threads(1)
     tests = {
@@ -42,7 +42,7 @@ def main(data: Path | None = None, n_episodes: int = 400) -> None:
         config = load_config(folder)
         learner, spec = load_learner(folder, config.tested(test)), config.test_spec(test)
         splits: Any = config.data.load(data)
-        n_tasks = n_episodes * (3 if spec.n_query == 1 else 1)
+        n_tasks = min(600, max(100, n_queries // (spec.n_way * spec.n_query)))
         found: dict[str, Any] = {"name": row.name, "method": row.method, "split": splits.id, "n_episodes": n_tasks}
         found |= {"n_way": spec.n_way, "k_shot": spec.k_shot, "n_query": spec.n_query}
         for kind in ("train", "validation", "test"):
