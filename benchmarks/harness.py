@@ -183,7 +183,12 @@ def memory_mib(device: str, peak: bool = False) -> float:
 def chosen(
     config: Config, implementations: Mapping[str, object], packages: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
-    """The implementations to run, and the peers that are not installed; `packages`: modules of those that may be missing.
+    """The implementations to run, and the peers that are not installed.
+
+    Args:
+        config: what was asked for.
+        implementations: all there are, by name.
+        packages: as in `compare`.
 
     Raises:
         SystemExit: if a peer or a variant is unknown.
@@ -252,7 +257,7 @@ def compare(
         settings: the sizes of the work.
         rounds: timed steps.
         implementations: all there are, by name.
-        packages: the modules of those peers that may be missing, which are named as the package index names them.
+        packages: the module to import of every peer that may be missing, by its name on the package index.
         check: how far the gradients of some implementations are from the expected one; stops if too far.
         prepare: an implementation in a setting; by a name that a new process can import.
     """

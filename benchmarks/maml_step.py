@@ -5,11 +5,11 @@
 
 A setting `pooled-15q-5s` is a max-pooled network, 15 queries a class and 5 inner steps; `strided` halves its images by
 strided convolutions. Ours is what `train` does in a step, `accumulate(MAML(...), episode)`, with `ConvNet`; every peer
-adapts the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights: task by task,
-or as parallel-metalearn and JAX do, all at once by their `vmap`. Nothing is timed before all have given the same
-gradient in float64. Then each lives in a process of its own and they take turns, one step at a time, so that whatever
-else the machine does meets all alike. Peak memory is what the steps add to the process, for JAX with what compiling
-takes; the ratio is to metatutor's median in the same setting. Peers that are not installed are left out.
+adapts task by task the network its user would write, `torch.nn.Conv2d`, `BatchNorm2d`, `ReLU`, with the same weights;
+parallel-metalearn all tasks at once. Nothing is timed before all have given the same gradient in float64. Then each
+lives in a process of its own and they take turns, one step at a time, so that whatever else the machine does meets all
+alike. Peak memory is what the steps add to the process, for JAX including what compiling takes; the ratio is to
+metatutor's median in the same setting. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Config(harness.Config):
         settings: which settings, such as `pooled-15q-5s`; any numbers will do.
         peers: which peers to compare with, if installed.
         variants: what else to time: `metatutor-recompute`, `metatutor-compiled`, `metatutor-plain-malloc` (glibc's own
-            memory limits), `plain loop-keep-memory` (the plain loop with ours).
+            memory limits), `plain loop-keep-memory` (the plain loop with ours), `JAX-vmap` (all tasks at once).
         tasks: tasks in an episode.
         filters: channels of every convolution.
     """
@@ -207,8 +207,8 @@ def parallel_metalearn(network: ConvNet, episode: Episode, inner_steps: int) -> 
     return model, backward
 
 
-def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
-    os.environ["PJRT_NPROC"] = str(torch.get_num_threads())  # read once, when JAX makes its first array
+def jax_(network: ConvNet, episode: Episode, inner_steps: int, side_by_side: bool = False) -> Prepared:
+    os.environ["PJRT_NPROC"] = str(torch.get_num_threads())  # XLA's threads; read once, before the first array
     import jax
     from jax import lax
     from jax import numpy as jnp
@@ -216,6 +216,7 @@ def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
     jax.config.update("jax_platforms", episode.support_images.device.type)
     jax.config.update("jax_enable_x64", episode.support_images.dtype == torch.float64)
     strides = [block.stride for block in network.blocks if isinstance(block, ConvBlock)]
+    layout = "NHWC", "OIHW", "NHWC"
 
     def array(tensor: Tensor) -> jax.Array:
         return jnp.asarray(tensor.detach().cpu().numpy())
@@ -223,10 +224,8 @@ def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
     def logits(parameters: list[jax.Array], images: jax.Array) -> jax.Array:
         *blocks, head_weight, head_bias = parameters
         for stride, weight, scale, shift in zip(strides, blocks[::3], blocks[1::3], blocks[2::3], strict=True):
-            layout = "NHWC", "OIHW", "NHWC"
             images = lax.conv_general_dilated(images, weight, (stride, stride), 2 * [(1, 1)], dimension_numbers=layout)
-            mean, variance = images.mean((0, 1, 2)), images.var((0, 1, 2))
-            images = jax.nn.relu((images - mean) * lax.rsqrt(variance + 1e-5) * scale + shift)
+            images = jax.nn.relu(jax.nn.standardize(images, (0, 1, 2), epsilon=1e-5) * scale + shift)
             if stride == 1:
                 images = lax.reduce_window(images, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
         return images.transpose(0, 3, 1, 2).reshape(len(images), -1) @ head_weight.T + head_bias
@@ -234,7 +233,7 @@ def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
     def loss(parameters: list[jax.Array], images: jax.Array, labels: jax.Array) -> jax.Array:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits(parameters, images)), labels[:, None], 1).mean()
 
-    def task_loss(parameters: list[jax.Array], task: tuple[jax.Array, ...]) -> jax.Array:
+    def query_loss(parameters: list[jax.Array], task: tuple[jax.Array, ...]) -> jax.Array:
         support_images, support_labels, query_images, query_labels = task
         adapted = parameters
         for _ in range(inner_steps):
@@ -242,21 +241,25 @@ def jax_(network: ConvNet, episode: Episode, inner_steps: int) -> Prepared:
             adapted = [p - INNER_LR * g for p, g in zip(adapted, gradients, strict=True)]
         return loss(adapted, query_images, query_labels)
 
-    def mean_loss(parameters: list[jax.Array], episode: tuple[jax.Array, ...]) -> jax.Array:
-        return jax.vmap(task_loss, (None, 0))(parameters, episode).mean()
+    @jax.jit
+    @jax.grad
+    def mean_gradient(parameters: list[jax.Array], tasks: tuple[jax.Array, ...]) -> jax.Array:
+        return jax.vmap(query_loss, (None, 0))(parameters, tasks).mean()
 
+    task_gradient = jax.jit(jax.grad(query_loss))
+    mean = jax.jit(lambda gradients: jax.tree.map(lambda *of_tasks: sum(of_tasks) / len(of_tasks), *gradients))
     parameters = [array(p) for p in network.parameters()]
-    data = (
-        array(episode.support_images.movedim(-3, -1)),
-        array(episode.support_labels),
-        array(episode.query_images.movedim(-3, -1)),
-        array(episode.query_labels),
-    )
-    meta_gradient = jax.jit(jax.grad(mean_loss))
+    images = [array(of_images.movedim(2, 4)) for of_images in (episode.support_images, episode.query_images)]
+    labels = [array(of_labels) for of_labels in (episode.support_labels, episode.query_labels)]
+    together = images[0], labels[0], images[1], labels[1]
+    each = list(zip(*together, strict=True))
 
     def backward() -> None:
-        gradients = jax.block_until_ready(meta_gradient(parameters, data))
-        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+        if side_by_side:
+            gradients = mean_gradient(parameters, together)
+        else:
+            gradients = mean([task_gradient(parameters, task) for task in each])
+        for parameter, gradient in zip(network.parameters(), jax.block_until_ready(gradients), strict=True):
             parameter.grad = torch.from_dlpack(gradient)
 
     return network, backward
@@ -274,6 +277,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "learn2learn": learn2learn_,
     "parallel-metalearn": parallel_metalearn,
     "JAX": jax_,
+    "JAX-vmap": partial(jax_, side_by_side=True),
 }
 PACKAGES = {
     "higher": "higher",

@@ -162,7 +162,7 @@ class _VectorNorm(nn.Module):
 
     def __init__(self, n_features: int, policy: Normalization) -> None:
         super().__init__()
-        self.policy = policy
+        self.policy: Normalization = policy
         self.scale, self.shift = nn.Parameter(torch.ones(n_features)), nn.Parameter(torch.zeros(n_features))
 
     def forward(self, vectors: Float[Tensor, "n feature"], n_support: int | None) -> Float[Tensor, "n feature"]:
@@ -289,7 +289,7 @@ class ConvBlock(nn.Module):
         self.scale = nn.Parameter(torch.ones(out_channels))
         self.shift = nn.Parameter(torch.zeros(out_channels))
         self.stride, self.pools = 2 if pooling == "stride" else 1, pooling == "max"
-        self.normalization = normalization
+        self.normalization: Normalization = normalization
 
     def forward(self, images: Tensor, n_support: int | None) -> Tensor:
         """`[n, c_in, h, w]` -> `[n, c_out, h / 2, w / 2]`."""

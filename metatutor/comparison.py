@@ -76,14 +76,14 @@ class Row:
         if found is None:
             return "–"
         if found.split != self.ours.split:
-            return f"{found} (its characters)"
+            return f"{found} (the paper's characters)"
         return f"{found} ({found.n_query} quer{'y' if found.n_query == 1 else 'ies'} a class)"
 
     @property
     def below_paper(self) -> bool:
         """Whether the result, under the paper's rules if recorded, is below the published number less its interval.
 
-        It is rounded as the paper rounds: to tenths of a percent, or to hundredths.
+        The result is rounded as the paper's is: to tenths of a percent, or to hundredths.
         """
         if self.paper is None:
             return False

@@ -28,6 +28,13 @@ def test_all_that_are_installed_give_the_same_gradient() -> None:
     assert {"metatutor", "plain loop"} <= set(differences)
 
 
+def test_peers_that_are_missing_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda module: None)
+    names, missing = harness.chosen(Config(), maml_step.IMPLEMENTATIONS, maml_step.PACKAGES)
+    assert names == ["metatutor", "plain loop"]
+    assert missing == list(maml_step.PACKAGES)
+
+
 def test_a_wrong_gradient_stops_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(maml_step.IMPLEMENTATIONS, "wrong", partial(plain_loop, second_order=False))
     with pytest.raises(SystemExit, match="the gradient of wrong is off by"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,26 @@ def test_the_papers_rules_are_told_beside_what_came_of_them() -> None:
         found = row.as_published
         assert found and (found.n_way, found.k_shot) == (row.ours.n_way, row.ours.k_shot)
         assert (found.n_query, found.split) != (row.ours.n_query, row.ours.split)
+
+
+@pytest.mark.parametrize(
+    ("paper", "ci95", "ours", "below"),
+    [
+        (0.987, 0.004, 0.9826, False),  # 98.3 with one digit, as the paper has
+        (0.987, 0.004, 0.9824, True),
+        (0.9953, 0.0026, 0.9927, False),
+        (0.9953, 0.0026, 0.9926, True),
+        (0.96, None, 0.9595, False),
+        (0.96, None, 0.9594, True),
+    ],
+)
+def test_below_the_paper_is_below_its_interval(paper: float, ci95: float | None, ours: float, below: bool) -> None:
+    row = next(row for row in ROWS if row.name == "omniglot-maml-5w1s")
+    row = replace(row, paper={"accuracy": paper, "ci95": ci95})
+    low, found = replace(row.ours, mean=0.5), replace(row.ours, mean=ours)
+    assert replace(row, ours=low, as_published=found).below_paper == below  # by the paper's rules, where recorded
+    assert replace(row, ours=found, as_published=None).below_paper == below
+    assert not replace(row, ours=low, as_published=None, paper=None).below_paper
 
 
 def test_every_name_of_a_published_method_is_one() -> None:

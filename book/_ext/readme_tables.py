@@ -18,7 +18,6 @@ from metatutor.runs import published, read_evaluations, run_folders, task_of
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
 RECIPE = "omniglot-best"  # how the names of its evaluations begin
-KINDS = {"train": "training characters", "validation": "validation characters", "test": "test characters"}
 FAILURES = {"installs": "does not install", "imports": "cannot be imported", "works": "fails"}
 
 
@@ -163,20 +162,6 @@ def _rules(rows: list[Row]) -> str:
     return "the paper's characters" if characters else "the paper's number of queries"
 
 
-def gaps_table(results: Path) -> str:
-    """One row a result below its paper's: the same weights on three kinds of classes."""
-    path = results / "studies" / "gaps.json"
-    if not path.exists():
-        return ""
-    papers = {row.name: row.papers_cell for row in compared(results)}
-    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    rows = []
-    for row in measured:
-        seen = (f"{100 * row[kind]['accuracy']:.1f} ± {100 * row[kind]['ci95']:.1f}%" for kind in KINDS)
-        rows.append((row["method"], f"{row['n_way']}-way {row['k_shot']}-shot", papers[row["name"]], *seen))
-    return tabulate(rows, ("method", "task", "paper", *KINDS.values()), "github", disable_numparse=True)
-
-
 def splits_table(results: Path) -> str:
     """One row a split: the same training and test on other characters."""
     path = results / "studies" / "splits.json"
@@ -189,7 +174,7 @@ def splits_table(results: Path) -> str:
 
 
 def _split(name: str) -> str:
-    return f"random, seed {name.removeprefix('random-')}" if name.startswith("random-") else "Vinyals et al. (2016)"
+    return f"random, seed {name.removeprefix('random-')}" if name.startswith("random-") else "Matching Networks' paper"
 
 
 def _fine(value: float, ci95: Any, sign: str = "") -> str:
@@ -219,7 +204,6 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
         },
         root / "book/published.md": {
             "papers": papers_table(results),
-            "gaps": gaps_table(results),
             "splits": splits_table(results),
         },
         root / "book/methods.md": {"methods": methods_index(root)},

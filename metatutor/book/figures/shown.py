@@ -67,7 +67,7 @@ def table(head: Sequence[object], *rows: Sequence[object]) -> Shown:
 
     Args:
         head: one title per column.
-        rows: one entry per column; anything that can be printed, and nothing is shown as –.
+        rows: one entry per column; anything that can be printed; an empty text is shown as –.
 
     Raises:
         ValueError: if a row is longer or shorter than the head.
