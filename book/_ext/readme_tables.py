@@ -150,7 +150,8 @@ def papers_table(results: Path) -> str:
 def _beside_paper(row: Row) -> str:
     assert row.paper
     found = str(row.as_published or row.ours)[:-1]
-    return f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
+    cell = f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
+    return cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def _rules(rows: list[Row]) -> str:
