@@ -17,7 +17,7 @@ from metatutor.data import Omniglot, Strokes
 from metatutor.data.images import from_arrays, from_dataset
 from metatutor.episodes import ClassImages
 from metatutor.files import replacing
-from metatutor.runs import results_folder
+from metatutor.runs import results_folder, run_folders
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
@@ -29,6 +29,12 @@ def write(name: str, rows: list[dict[str, Any]]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(f'{{"made": {json.dumps(about)}, "rows": [\n{lines}\n]}}\n', encoding="utf-8")
     print(f"wrote {path}")
+
+
+def settings_of(run: str) -> dict[str, Any]:
+    """The configuration of a recorded run, to be changed and parsed again."""
+    [folder] = [folder for folder in run_folders() if folder.name == run]
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def pictures(folder: Path | None, omniglot: Path | None) -> dict[str, ClassImages]:

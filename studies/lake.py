@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import write
+from common import settings_of, write
 
 from metatutor.config import DataConfig, RunConfig, TestConfig, load_config, parse_config
 from metatutor.data.omniglot import one_shot_runs
@@ -59,8 +59,7 @@ BACKGROUND: dict[str, tuple[str, int, dict[str, Any]]] = {  # whose settings, ho
 def background_config(method: str) -> RunConfig:
     """How a method is trained on the background alphabets: on tasks of 20 characters, drawings warped."""
     recorded, iterations, otherwise = BACKGROUND[method]
-    [folder] = [folder for folder in run_folders() if folder.name == recorded]
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"n_way": 20}
+    settings: dict[str, Any] = settings_of(recorded) | {"n_way": 20}
     settings["data"] |= {"split": "lake", "together": 0.5, "warp": True}
     settings["train"] |= {"iterations": iterations}
     settings["validation"] |= {"n_episodes": 100}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import tyro
-from common import write
+from common import settings_of, write
 from torch import Tensor
 
 from metatutor.backbones import ResNet
@@ -26,7 +26,6 @@ from metatutor.data.warp import warp
 from metatutor.episodes import EpisodeSpec
 from metatutor.evaluation import confidence95, scores
 from metatutor.learner import Learner
-from metatutor.runs import run_folders
 from metatutor.training import train
 
 RECIPE = "omniglot-best-60w1s"
@@ -95,8 +94,7 @@ def main(data: Path | None = None, iterations: int = 600, n_episodes: int = 200)
         n_episodes: tasks of each measurement.
     """
     torch.set_num_threads(1)
-    [folder] = [folder for folder in run_folders() if folder.name == RECIPE]
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = settings_of(RECIPE)
     splits = Omniglot.load(data).split()
     rows, of_recipe = [], {}
     for what, change in WITHOUT.items():

@@ -8,19 +8,15 @@ every recorded run, on four other random ones, and on the one that Matching Netw
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from common import write
+from common import settings_of, write
 from recipe import SHAPES, changed, measured, trained
 
-from metatutor.config import DataConfig
-from metatutor.data import Omniglot
 from metatutor.evaluation import confidence95
-from metatutor.runs import run_folders
 
 TRAINED_AS = "omniglot-prototypical-20w1s"
 SPLITS: tuple[dict[str, Any], ...] = (*({"seed": seed} for seed in range(5)), {"split": "vinyals"})
@@ -35,14 +31,11 @@ def main(data: Path | None = None, iterations: int = 500, n_episodes: int = 400)
         n_episodes: tasks of each measurement.
     """
     torch.set_num_threads(1)
-    [folder] = [folder for folder in run_folders() if folder.name == TRAINED_AS]
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rows = []
+    settings, rows = settings_of(TRAINED_AS), []
     for of_data in SPLITS:
         change = {"learner": {"in_turn": True}, "train": {"precision": "bfloat16"}, "data": of_data}
         config = changed(settings, change, iterations)
-        assert isinstance(config.data, DataConfig)
-        splits = Omniglot.load(data).split(config.data.split, seed=config.data.seed)
+        splits: Any = config.data.load(data)
         learner, _ = trained(config, splits)
         row: dict[str, Any] = {"split": splits.id, "iterations": iterations, "n_episodes": n_episodes}
         for name, tasks in measured(learner, splits, n_episodes).items():

@@ -72,8 +72,9 @@ def config(language: str, collect: bool = False) -> dict[str, Any]:
 def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
     """A folder of sources for each edition: prose, executed notebooks, settings."""
     shutil.rmtree(folder, ignore_errors=True)
+    shown = chinese.translations(chinese.OUTPUTS)
     for language, name in chinese.FOLDERS.items():
-        sources, shown = folder / name, chinese.translations(chinese.OUTPUTS)
+        sources = folder / name
         shutil.copytree(ROOT / "book", sources / "book", ignore=shutil.ignore_patterns("__pycache__", "*.mo"))
         contents = (ROOT / "_toc.yml").read_text(encoding="utf-8")
         for english, translated in chinese.translations("book/index").items() if language == "zh_CN" else ():

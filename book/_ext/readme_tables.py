@@ -65,10 +65,8 @@ def benchmark_table(results: Path) -> str:
 
 def tools_table(results: Path) -> str:
     """One row a package, of what `studies/tools.py` found; what went wrong stands below."""
-    path = results / "studies" / "tools.json"
-    if not path.exists():
+    if not (measured := _rows_of(results / "studies/tools.json")):
         return ""
-    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     rows, troubles = [], []
     for tool in measured:
         works = next((FAILURES[step] for step in STEPS if not tool[step]), "works")
@@ -107,10 +105,8 @@ def recipe_table(results: Path) -> str:
 
 def ablation_table(results: Path) -> str:
     """One row an ingredient of the recipe: what is lost without it, task by task, after a short training."""
-    path = results / "studies" / "recipe.json"
-    if not path.exists():
+    if not (measured := _rows_of(results / "studies/recipe.json")):
         return ""
-    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     kinds = ("5-way 1-shot", "20-way 1-shot")
     [whole] = [row for row in measured if not row["without"]]
     parts = sorted((row for row in measured if row["without"]), key=lambda row: row[kinds[1]]["lost"])
@@ -121,10 +117,8 @@ def ablation_table(results: Path) -> str:
 
 def search_table(results: Path) -> str:
     """One row a setting that was tried for the recipe: accuracies on validation classes."""
-    path = results / "search" / "recipe.json"
-    if not path.exists():
+    if not (tried := _rows_of(results / "search/recipe.json")):
         return ""
-    tried: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     rows = []
     for row in tried:
         found = ", ".join(f"{100 * accuracy:.1f}% ({kind})" for kind, accuracy in row["validation"].items())
@@ -165,10 +159,8 @@ def _rules(rows: list[Row]) -> str:
 
 def splits_table(results: Path) -> str:
     """One row a split: the same training and test on other characters."""
-    path = results / "studies" / "splits.json"
-    if not path.exists():
+    if not (measured := _rows_of(results / "studies/splits.json")):
         return ""
-    measured: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
     kinds = ("5-way 1-shot", "20-way 1-shot")
     rows = [(_split(row["split"]), *(_fine(row[k]["accuracy"], row[k]["ci95"]) for k in kinds)) for row in measured]
     return tabulate(rows, ("test characters", *kinds), "github", disable_numparse=True)
@@ -176,6 +168,11 @@ def splits_table(results: Path) -> str:
 
 def _split(name: str) -> str:
     return f"random, seed {name.removeprefix('random-')}" if name.startswith("random-") else "Matching Networks' paper"
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """What a study or a search recorded; nothing if it was not run."""
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def _fine(value: float, ci95: Any, sign: str = "") -> str:
