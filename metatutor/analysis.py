@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,8 @@ from metatutor.functional import Parameters
 class Adapting(Protocol):
     """A learner that adapts its network to each task by steps."""
 
-    network: Network
+    if TYPE_CHECKING:  # from Python 3.12 on, a check at run time does not see the submodules of a module
+        network: Network
 
     def adaptation_path(self, episode: Episode, inner_steps: int | None = None) -> list[Parameters]:
         """The parameters of every task, `[task, ...]` by name, before the first step and after each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from inspect import signature
 from itertools import pairwise
 from math import gcd
@@ -491,17 +492,18 @@ class Backbone(Embedding):
         norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         without_average = any(norm.running_mean is None for norm in norms)
         self.normalization = "batch" if without_average else "running" if norms else "none"
+        self.recurrent = any(isinstance(layer, nn.RNNBase) for layer in network.modules())
         if image_shape is not None:
             self._probe(image_shape)
 
     def forward(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n output"]:
         """The module's outputs for the images, which layers like batch normalisation may compute from all of them."""
-        return self.module(images)
+        return self._outputs(images)
 
     def embed(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """The input of the last layer; the output of the module if there is none."""
         if not self.head_name:
-            return self.module(images).flatten(1)
+            return self._outputs(images).flatten(1)
         return self._seen(images, self.head_name, lambda inputs, _: inputs[0]).flatten(1)
 
     def features(self, images: Float[Tensor, "n ..."], n_support: int | None = None) -> Float[Tensor, "n filter h w"]:
@@ -514,10 +516,15 @@ class Backbone(Embedding):
         layer, seen = self.module.get_submodule(name), []
         hook = layer.register_forward_hook(lambda _, inputs, outputs: seen.append(which(inputs, outputs)))
         try:
-            self.module(images)
+            self._outputs(images)
         finally:
             hook.remove()
         return seen[-1]
+
+    def _outputs(self, images: Tensor) -> Tensor:
+        """The module's outputs; from recurrent layers without cuDNN, which differentiates them once and in training."""
+        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
+            return self.module(images)
 
     @torch.no_grad()
     def _probe(self, image_shape: tuple[int, int, int]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 
 def check_sizes(**sizes: int | None) -> None:
     """Raise a `ValueError` if a size is given that is not a positive integer."""
@@ -37,3 +39,12 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         *most, last = map(repr, choices)
         raise ValueError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
+def check_simulated(parameter: Tensor) -> None:
+    """Raise a `ValueError` if a policy is not on the CPU, where the worlds are that it acts in."""
+    if parameter.device.type != "cpu":
+        raise ValueError(
+            f"the policy is on {parameter.device}, but worlds are simulated on the CPU; train with device='cpu', or "
+            "move it there with .cpu()"
+        )

@@ -406,7 +406,8 @@ def _accelerator(device: str | None, log_with: Any, folder: Path | str | None) -
 
     place = check_device(device)
     many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = (place is not None and place.type == "cpu") or (many and not torch.cuda.is_available())
+    # accelerate keeps its device for the whole process; a single process may train on the GPU now and on the CPU later
+    on_cpu = many and (not torch.cuda.is_available() or (place is not None and place.type == "cpu"))
     accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=folder)
     if log_with is not None:
         accelerator.init_trackers("metatutor")

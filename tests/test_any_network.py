@@ -339,6 +339,17 @@ def test_dropout_is_not_recomputed(network: Callable[[], nn.Module]):
     MAML(sequential().append(nn.Dropout(0.0)), recompute=True)
 
 
+@pytest.mark.parametrize(("build", "fused"), [(Recurrent, False), (with_dropout, True)])
+def test_recurrent_layers_are_computed_without_cudnn(build: Callable[[], nn.Module], fused: bool):
+    """Which differentiates them once only, and not at all in evaluation mode; other layers keep it."""
+    module, seen = build(), []
+    module.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
+    network = backbone(module)
+    for method in (network, network.embed):
+        method(torch.rand(2, 1, 8, 8))
+    assert seen == [fused, fused] and torch.backends.cudnn.enabled
+
+
 # --- frozen and tied parameters -----------------------------------------------------------------------------------
 
 

@@ -182,3 +182,11 @@ def test_errors(unchecked_types: None) -> None:
     outside = Episode(torch.rand(1, 1, 1), torch.ones(1, 1, 2), torch.rand(1, 1, 1), torch.ones(1, 1, 2), n_way=2)
     with pytest.raises(ValueError, match="a goal has two coordinates"):
         learner().meta_loss(outside)
+
+
+def test_a_policy_acts_where_its_world_is() -> None:
+    method = learner().to("meta")
+    with pytest.raises(
+        ValueError, match=r"^the policy is on meta, but worlds are simulated on the CPU; train with dev"
+    ):
+        method.walks(method.beginning(2), dynamics(torch.zeros(2, 2)), torch.Generator())

@@ -99,3 +99,10 @@ def test_errors(unchecked_types: None) -> None:
         Bandits(1)
     with pytest.raises(ValueError, match="horizon"):
         RL2(Bandits(3), horizon=0)
+
+
+def test_a_player_plays_where_its_world_is() -> None:
+    with pytest.raises(
+        ValueError, match=r"^the policy is on meta, but worlds are simulated on the CPU; train with dev"
+    ):
+        RL2(Bandits(3)).to("meta").play(torch.zeros(1, 3), torch.Generator())

@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
@@ -501,6 +502,23 @@ def test_absent_and_unknown_devices():
         assert same_weights(learner, Line())
     assert check_device("cpu") == torch.device("cpu")
     assert check_device(None) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_a_training_on_the_cpu_may_follow_one_on_a_gpu(device: str | None, monkeypatch: pytest.MonkeyPatch):
+    """accelerate keeps one device for the whole process, and refuses to be told another."""
+    told = []
+
+    class Watched(accelerate.Accelerator):
+        def __init__(self, **options: Any) -> None:
+            told.append(options["cpu"])
+            super().__init__(**options)
+
+    monkeypatch.setattr(accelerate, "Accelerator", Watched)
+    learner = Line()
+    train(learner, classes(), SPEC, CONFIG, device=device, progress_bar=False)
+    assert told == [False]
+    assert device is None or learner.device.type == device
 
 
 @pytest.mark.usefixtures("unchecked_types")

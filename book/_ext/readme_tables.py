@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,21 @@ def _rules(rows: list[Row]) -> str:
     return "the paper's characters" if characters else "the paper's number of queries"
 
 
+def gaps_table(results: Path) -> str:
+    """One row a result below its paper's: the same weights on three kinds of classes; bold if the paper is reached."""
+    below = {row.name: row for row in compared(results) if row.below_paper}
+    rows = []
+    for name, kinds in ((row["name"], row) for row in _rows_of(results / "studies/gaps.json") if row["name"] in below):
+        row, cells = below[name], []
+        for kind in ("train", "validation", "test"):
+            found = replace(row.ours, mean=kinds[kind]["accuracy"], ci95=kinds[kind]["ci95"])
+            cell = str(found).removesuffix("%")
+            cells.append(cell if replace(row, ours=found, as_published=None).below_paper else f"**{cell}**")
+        rows.append((row.method, task_of(row.ours), row.papers_cell.removesuffix("%"), *cells))
+    head = ("method", "tasks", "the paper", "training characters", "validation characters", "test characters")
+    return tabulate(rows, head, "github", disable_numparse=True)
+
+
 def splits_table(results: Path) -> str:
     """One row a split: the same training and test on other characters."""
     if not (measured := _rows_of(results / "studies/splits.json")):
@@ -202,6 +218,7 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
         },
         root / "book/published.md": {
             "papers": papers_table(results),
+            "gaps": gaps_table(results),
             "splits": splits_table(results),
         },
         root / "book/methods.md": {"methods": methods_index(root)},

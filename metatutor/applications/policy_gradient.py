@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metatutor.applications.trust_region import trust_region_step
-from metatutor.checks import check_choice, check_positive
+from metatutor.checks import check_choice, check_positive, check_simulated
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters
 from metatutor.learner import Learner
@@ -125,9 +125,10 @@ def sample_walks(
     horizon: int,
     generator: torch.Generator,
 ) -> Walks:
-    """Walks of every task under its own parameters, `[task, ...]` by name, all side by side."""
-    n_tasks = len(next(iter(parameters.values())))
+    """Walks of every task under its own parameters, `[task, ...]` by name, all side by side; on the CPU."""
     spread = parameters["log_spread"].exp()[:, None]
+    check_simulated(spread)
+    n_tasks = len(spread)
     noise = torch.randn(horizon, n_tasks, n_walks, spread.shape[-1], generator=generator)
     places, steps = torch.zeros(n_tasks, n_walks, policy.n_observed), []
     for drawn in noise:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from metatutor.checks import check_not_negative, check_positive
+from metatutor.checks import check_not_negative, check_positive, check_simulated
 from metatutor.episodes import Episode, EpisodeSpec, SeededSampler
 from metatutor.learner import Learner
 
@@ -166,7 +166,8 @@ class RL2(Learner):
 
     @torch.no_grad()
     def play(self, tasks: Tasks, generator: torch.Generator, horizon: int | None = None) -> Played:
-        """Tasks played to the end of the horizon, side by side."""
+        """Tasks played to the end of the horizon, side by side; on the CPU."""
+        check_simulated(self.actor.weight)
         now, state = self.world.begin(tasks), torch.zeros(1, len(tasks), self.memory.hidden_size)
         told, steps = torch.zeros(len(tasks), self.memory.input_size - self.world.n_observed), []
         for _ in range(horizon or self.horizon):
