@@ -12,6 +12,7 @@ ICONS_BY_SCRIPT = re.compile(r"<script[^>]*scripts/fontawesome\.js[^>]*></script
 ARGUMENTS = re.compile(
     r"<dl>\s*((?:<dd>(?:(?!</?d[dlt]\b).)*</dd>\s*)+)</dl>", re.DOTALL
 )  # of a signature: a list without terms
+THEBE = re.compile(r"<script>const THEBE_JS_URL = .*?</script>\s*")  # declared twice, and used by no page
 SEARCH = re.compile(r'<script src="[^"]*(?:searchtools|language_data|searchindex)\.js[^"]*"></script>\s*')
 OF_AN_ICON = re.compile(r'((?:\.fa-[\w-]+:before,?)+)\{content:"\\([0-9a-f]+)"\}')
 ESCAPED, PRIVATE = re.compile(r"\\([ef][0-9a-f]{3})\b"), re.compile("[\ue000-\uf8ff]")  # where fonts keep icons
@@ -24,6 +25,7 @@ def lighten(edition: Path) -> None:
         page = ICONS_BY_SCRIPT.sub("", path.read_text(encoding="utf-8"))
         page = ARGUMENTS.sub(lambda found: _as_lines(found[1]), page)
         page = page.replace('role="list" class="citation-list"', 'class="citation-list"')  # its entries are no items
+        page = THEBE.sub("", page)
         if path.name != "search.html":
             page = SEARCH.sub("", page)
         shown.update(re.findall(r"\bfa-([\w-]+)", page))

@@ -98,8 +98,8 @@ def recipe_table(results: Path) -> str:
             (recipe,), other = recipes, max(others, key=lambda row: row.ours.accuracy)
             paper = max(papers, key=lambda row: row["accuracy"])
             ours, theirs = (_fine(row.ours.accuracy, row.ours.ci95) for row in (recipe, other))
-            published_best = f"{100 * paper['accuracy']:.2f} ({paper['method']})"
-            rows.append((f"{n_way}-way {k_shot}-shot", f"**{ours}**", f"{theirs} ({other.method})", published_best))
+            published_best = f"{100 * paper['accuracy']:.4g}, {paper['method']}"
+            rows.append((f"{n_way}-way {k_shot}-shot", f"**{ours}**", f"{theirs}, {other.method}", published_best))
     head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of the papers")
     return tabulate(rows, head, "github", disable_numparse=True)
 

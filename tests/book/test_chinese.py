@@ -13,6 +13,7 @@ import chinese
 import editions
 import pytest
 import sources
+import two_languages
 import yaml
 from babel.messages.catalog import Catalog
 from chinese_search import ChineseSearch, terms
@@ -255,7 +256,7 @@ def test_what_a_cell_prints_is_no_message() -> None:
     shown, said = nodes.paragraph(text="shown"), nodes.paragraph(text="said")
     nodes.container("", nodes.container("", shown), classes=["cell_output"])
     nodes.container("", said, classes=["cell_input"])
-    assert chinese._is_output(shown) and not chinese._is_output(said)
+    assert two_languages._is_output(shown) and not two_languages._is_output(said)
 
 
 def test_terms_of_the_glossary_are_words_of_the_search() -> None:
@@ -263,21 +264,30 @@ def test_terms_of_the_glossary_are_words_of_the_search() -> None:
     assert {"元学习", "MAML"} <= set(ChineseSearch({}).split("元学习的 MAML"))
 
 
-def built(folder: Path, language: str, page: str) -> tuple[str, str]:
-    """The text of a page for which `Old title` and two formulas are translated, and what the build told."""
+def built(folder: Path, language: str, page: str) -> tuple[nodes.document, str]:
+    """A page of which `Old title`, two formulas and two terms are translated, and what the build told."""
     from sphinx.application import Sphinx
 
-    (folder / "conf.py").write_text(f"extensions = ['chinese']\nlanguage = '{language}'\n")
+    (folder / "conf.py").write_text(
+        f"extensions = ['two_languages']\nlanguage = '{language}'\nlocale_dirs = ['book/locale']\n"
+    )
     (folder / "index.rst").write_text(page, encoding="utf-8")
     messages = Catalog(locale="zh_CN", fuzzy=False)
-    for english, translated in {"Old title": "旧题", r"\text{if}": r"\text{若}", r"\text{so}": r"\text{故}"}.items():
+    known = {
+        "Old title": "旧题",
+        r"\text{if}": r"\text{若}",
+        r"\text{so}": r"\text{故}",
+        "query": "查询",
+        "task": "任务",
+    }
+    for english, translated in known.items():
         messages.add(english, translated)
     chinese.write_catalogue("index", messages, folder)
     with (folder / "warnings").open("w") as warnings:
         source, out, trees = str(folder), str(folder / "out"), str(folder / "trees")
         app = Sphinx(source, source, out, trees, "dummy", status=None, warning=warnings, freshenv=True)
         app.build()
-    return app.env.get_doctree("index").astext(), (folder / "warnings").read_text()
+    return app.env.get_doctree("index"), (folder / "warnings").read_text()
 
 
 def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
@@ -288,6 +298,23 @@ def test_a_message_without_translation_is_warned_of(tmp_path: Path) -> None:
 
 def test_words_in_formulas_are_chinese(tmp_path: Path) -> None:
     page = "Old title\n=========\n\n:math:`a \\text{if} b`\n\n.. math::\n\n   x \\text{so} y_\\text{ReLU}\n"
-    text, told = built(tmp_path, "zh_CN", page)
+    doctree, told = built(tmp_path, "zh_CN", page)
+    text = doctree.astext()
     assert r"a \text{若} b" in text and r"x \text{故} y_\text{ReLU}" in text and "not translated" not in told
-    assert r"\text{if}" in built(tmp_path, "en", page)[0]
+    assert r"\text{if}" in built(tmp_path, "en", page)[0].astext()
+
+
+def test_the_glossary_is_in_the_order_of_dictionaries(tmp_path: Path) -> None:
+    """By sound: chá, rèn; by the numbers of the characters, 任 comes before 查."""
+    page = (
+        "Old title\n=========\n\n.. glossary::\n   :sorted:\n\n   task\n     1\n\n   query\n     2\n\n   MAML\n     3\n"
+    )
+    doctree, _ = built(tmp_path, "zh_CN", page)
+    assert [term.astext() for term in doctree.findall(nodes.term)] == ["MAML", "查询", "任务"]
+    assert sorted(["查询", "任务"]) == ["任务", "查询"]
+
+
+def test_only_emphasis_of_chinese_words_is_dotted(tmp_path: Path) -> None:
+    page = "Old title\n=========\n\nNow *Strokes*, and *旧题*.\n"
+    doctree, _ = built(tmp_path, "zh_CN", page)
+    assert [emphasis["classes"] for emphasis in doctree.findall(nodes.emphasis)] == [["latin"], []]

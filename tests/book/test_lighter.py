@@ -13,6 +13,7 @@ from fontTools.ttLib import TTFont
 THEME = Path(pydata_sphinx_theme.__file__).parent / "theme/pydata_sphinx_theme/static"
 ICONS = '<script defer src="../_static/scripts/fontawesome.js?digest=1"></script>'
 SEARCH = '<script src="../searchindex.js"></script>'
+THEBE = '<script>const THEBE_JS_URL = "x"; const thebe_selector = ".thebe"</script>'
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def edition(tmp_path: Path) -> Path:
         (tmp_path / "_static" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(THEME / name, tmp_path / "_static" / name)
     body = '<i class="fas fa-rocket"></i><i class="fab fa-github"></i><script src="../_static/doctools.js"></script>'
-    (tmp_path / "page.html").write_text(f"<html>{ICONS}{SEARCH}{body}</html>")
+    (tmp_path / "page.html").write_text(f"<html>{ICONS}{SEARCH}{THEBE}{THEBE}{body}</html>")
     (tmp_path / "search.html").write_text(f"<html>{SEARCH}</html>")
     return tmp_path
 
@@ -64,4 +65,5 @@ def test_pages_keep_their_other_scripts_and_the_search_its_index(edition: Path) 
     lighter.lighten(edition)
     page = (edition / "page.html").read_text()
     assert "doctools.js" in page and "fontawesome.js" not in page and "searchindex.js" not in page
+    assert "THEBE" not in page
     assert "searchindex.js" in (edition / "search.html").read_text()
