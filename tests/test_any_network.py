@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torchvision.models import resnet18
 
-from metatutor.backbones import MLP, backbone
+from metatutor.backbones import MLP, Embedding, backbone
 from metatutor.episodes import ClassImages, Episode, EpisodeSpec
 from metatutor.functional import Parameters
 from metatutor.optimization import MAML, ImplicitMAML, MetaLSTM, Reptile
@@ -345,6 +345,7 @@ def test_recurrent_layers_are_computed_without_cudnn(build: Callable[[], nn.Modu
     module, seen = build(), []
     module.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.enabled))
     network = backbone(module)
+    assert isinstance(network, Embedding)
     for method in (network, network.embed):
         method(torch.rand(2, 1, 8, 8))
     assert seen == [fused, fused] and torch.backends.cudnn.enabled

@@ -65,7 +65,7 @@ def config(language: str, collect: bool = False) -> dict[str, Any]:
     if language == "zh_CN":
         options |= IN_CHINESE
         settings["repository"]["branch"] = "zh"  # where Colab finds notebooks with Chinese text
-        settings["html"]["extra_footer"] = FOOTER
+        settings["author"], settings["html"]["extra_footer"] = "metatutor 作者团队", FOOTER
     return settings
 
 

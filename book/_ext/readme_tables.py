@@ -34,13 +34,17 @@ def runs_table(results: Path) -> str:
     for folder in run_folders(results):
         about = read_evaluations(folder)
         elsewhere = about["device"].removeprefix("cpu, ").removeprefix("1 thread")
-        trained = ", ".join(filter(None, (f"{about['train_seconds'] / 60:.0f} min", elsewhere)))
+        trained = ", ".join(filter(None, (_minutes(about["train_seconds"]), elsewhere)))
         about_training = (trained if about["train_seconds"] else "–", f"{about['parameters']:,}")
         for record in about["evaluations"]:
             found = Evaluation.from_record(record)
             rows.append((f"`{record['name']}`", task_of(found), _accuracy(found), *about_training))
             about_training = ("as above", "")
     return tabulate(rows, ("evaluation", "task", "accuracy", "trained", "parameters"), "github", disable_numparse=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 30 else "under 1 min"
 
 
 def _accuracy(found: Evaluation) -> str:
@@ -193,7 +197,7 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
 
 def _fine(value: float, ci95: Any, sign: str = "") -> str:
     """With two decimals, for small differences."""
-    return f"{100 * value:{sign}.2f} ± {100 * ci95:.2f}"
+    return f"{100 * value:{sign}.2f} ± {100 * ci95:.2f}".replace("-", "−")
 
 
 def filled(text: str, tables: dict[str, str]) -> str:

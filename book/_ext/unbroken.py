@@ -1,4 +1,4 @@
-"""No line of a page breaks within "5-way", or between a formula and the word or the punctuation that it touches."""
+"""No line breaks within "5-way" or "98.7 ± 0.4%", or between a formula and the word or punctuation that it touches."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from docutils import nodes
 
 TASK = re.compile(r"(\b\d+-(?:way|shot)\b)")
+WITH_INTERVAL = re.compile(r"((?:\b\d[\d.]*\s)?±\s[\d.]*\d%?)")  # which may break in the narrow columns of a table
 # what touches a formula; Chinese words do not, as Chinese has no spaces
 AFTER = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[、。，；：！？）》」])*")
 BEFORE = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[（《「])*\Z")
@@ -24,11 +25,13 @@ def keep_together(app: Any, doctree: nodes.document, page: str) -> None:
         for touching, group in groupby(pieces, key=lambda piece: piece[0]):
             children = [child for _, child in group]
             parent += [_whole(*children)] if touching and len(children) > 1 else children
-    for text in list(doctree.findall(nodes.Text)):
-        parts = TASK.split(text)
-        if len(parts) > 1 and not isinstance(text.parent, VERBATIM):
-            texts = [nodes.Text(part) for part in parts]
-            text.parent.replace(text, [_whole(text) if n % 2 else text for n, text in enumerate(texts) if text])
+    in_tables = {text for table in doctree.findall(nodes.table) for text in table.findall(nodes.Text)}
+    for pattern, spared in ((TASK, set()), (WITH_INTERVAL, in_tables)):
+        for text in list(doctree.findall(nodes.Text)):
+            parts = pattern.split(text)
+            if len(parts) > 1 and text not in spared and not isinstance(text.parent, VERBATIM):
+                texts = [nodes.Text(part) for part in parts]
+                text.parent.replace(text, [_whole(text) if n % 2 else text for n, text in enumerate(texts) if text])
 
 
 def _pieces(parent: nodes.Element) -> Iterator[tuple[bool, nodes.Node]]:

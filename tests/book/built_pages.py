@@ -66,7 +66,7 @@ def weight(browser: Window) -> int:
 
 def serious(browser: Window, theme: str, only: str = "") -> list[str]:
     """What axe-core, or one rule of it, finds serious or critical, with the first place of each."""
-    plain = "* {transition: none !important} .katex-html, [class*=table] {background-image: none !important}"
+    plain = "* {transition: none !important} .katex-html, [class*=table], pre {background-image: none !important}"
     browser.run(  # colours at once, not on their way, and no shadow that axe-core cannot see through
         f"document.head.append(Object.assign(document.createElement('style'), {{textContent: '{plain}'}})); 0"
     )

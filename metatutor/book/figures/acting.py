@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from jaxtyping import Float
@@ -32,10 +33,13 @@ def walks(
             for i, walk in enumerate(places):
                 axes.plot(*walk.numpy().T, color=colour, lw=0.8, alpha=0.7, label=name if not i else None)
         axes.plot(*goal.tolist(), "*", color=ORANGE, ms=13, mec="black", mew=0.7, label="goal", ls="none")
+        title = re.sub(r"(?<!\w)-(?=\d)", "−", title)
         axes.set(title=title, aspect="equal", xlim=(-0.75, 0.75), ylim=(-0.75, 0.75))
     for axes in drawn[len(panels) :]:
         axes.axis("off")
-    figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, alignment="left")
+    legend = figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, alignment="left")
+    for line in legend.get_lines():
+        line.set_linewidth(2)
     return figure
 
 

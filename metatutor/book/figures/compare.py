@@ -60,7 +60,7 @@ def places(groups: Mapping[str, Float[Tensor, "n 2"]], *, x: str, y: str) -> Pic
     axes = figure.subplots()
     looks = zip(cycle(COLOURS), cycle(MARKERS + "*"), strict=False)  # seven and eight: no pair twice among 56
     for (name, points), (colour, marker) in zip(groups.items(), looks, strict=False):
-        axes.plot(*points.numpy().T, marker, color=colour, label=name, ms=4, alpha=0.8, mew=0)
+        axes.plot(*points.numpy().T, marker, color=colour, label=name, ms=6, alpha=0.8, mew=0)
     axes.set(xlabel=x, ylabel=y)
     figure.legend(loc="outside lower left", ncols=2, alignment="left")
     return figure
