@@ -492,7 +492,7 @@ class Backbone(Embedding):
         norms = [layer for layer in network.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         without_average = any(norm.running_mean is None for norm in norms)
         self.normalization = "batch" if without_average else "running" if norms else "none"
-        self.recurrent = any(isinstance(layer, nn.RNNBase) for layer in network.modules())
+        self._recurrent = any(isinstance(layer, nn.RNNBase) for layer in network.modules())
         if image_shape is not None:
             self._probe(image_shape)
 
@@ -522,8 +522,8 @@ class Backbone(Embedding):
         return seen[-1]
 
     def _outputs(self, images: Tensor) -> Tensor:
-        """The module's outputs; from recurrent layers without cuDNN, which differentiates them once and in training."""
-        with torch.backends.cudnn.flags(enabled=False) if self.recurrent else nullcontext():
+        """The module's outputs; without cuDNN if it is recurrent, which cuDNN differentiates once, and in training."""
+        with torch.backends.cudnn.flags(enabled=False) if self._recurrent else nullcontext():
             return self.module(images)
 
     @torch.no_grad()
@@ -534,7 +534,7 @@ class Backbone(Embedding):
         images = torch.zeros(2, *image_shape, dtype=like.dtype, device=like.device)
         self.embedding_size = self.embed(images).shape[1]
         if self.head_prefix is None and self.n_outputs is None:
-            self.n_outputs = self.module(images).shape[-1]
+            self.n_outputs = self._outputs(images).shape[-1]
         if self.feature_name is not None:
             self.feature_shape = tuple(self.features(images).shape[1:])  # pyright: ignore[reportAttributeAccessIssue]
         for layer, training in modes.items():

@@ -65,7 +65,8 @@ class TrainConfig:
         keep: whether the learner ends with its `"last"` parameters, or with those of the row of history whose
             validation accuracy was `"best"`.
         patience: training ends early after this many rows of history without a better validation accuracy; None: never.
-        precision: `"bfloat16"` computes the loss under autocast; None: as accelerate is configured, normally in full.
+        precision: `"bfloat16"` computes the loss under autocast; None: as accelerate is configured for its
+            own device, normally in full.
 
     Raises:
         ValueError: if a number is out of range.

@@ -18,6 +18,7 @@ from PIL import Image
 from ways import of_uneven, uneven
 
 from metatutor import ConvNet, EpisodeSpec, NearestPixels, Prototypical, Strokes, runs
+from metatutor.comparison import compared
 
 
 def test_rows_are_written_one_a_line_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,3 +86,7 @@ def test_classes_keep_so_many_of_their_support_images() -> None:
     found = of_uneven(NearestPixels(), few)
     assert 0 <= found["accuracy"] <= 1 and sum(found["answered"]) == pytest.approx(1)
     assert of_uneven(Prototypical(ConvNet(filters=4, normalization="group")).eval(), few)["ci95"] > 0
+
+
+def test_every_result_below_its_paper_was_asked_why() -> None:
+    assert [row["name"] for row in runs.study("gaps")] == [row.name for row in compared() if row.below_paper]

@@ -1,4 +1,4 @@
-"""The Chinese edition: catalogues of messages, what of a notebook is a message, and whether all are translated.
+"""The Chinese edition: catalogues of messages, what of a notebook is a message, and how notebooks become Chinese.
 
     python book/_ext/chinese.py update           # after a change of the English: `make translations`
     python book/_ext/chinese.py notebooks FOLDER # notebooks with Chinese text, for Colab

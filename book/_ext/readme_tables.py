@@ -44,7 +44,7 @@ def runs_table(results: Path) -> str:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 30 else "under 1 min"
+    return f"{seconds / 60:.0f} min" if seconds > 30 else "under 1 min"
 
 
 def _accuracy(found: Evaluation) -> str:
@@ -164,10 +164,9 @@ def _rules(rows: list[Row]) -> str:
 
 def gaps_table(results: Path) -> str:
     """One row a result below its paper's: the same weights on three kinds of classes; bold if the paper is reached."""
-    below = {row.name: row for row in compared(results) if row.below_paper}
-    rows = []
-    for name, kinds in ((row["name"], row) for row in _rows_of(results / "studies/gaps.json") if row["name"] in below):
-        row, cells = below[name], []
+    measured, rows = {row["name"]: row for row in _rows_of(results / "studies/gaps.json")}, []
+    for row in (row for row in compared(results) if row.below_paper and measured):
+        kinds, cells = measured[row.name], []
         for kind in ("train", "validation", "test"):
             found = replace(row.ours, mean=kinds[kind]["accuracy"], ci95=kinds[kind]["ci95"])
             cell = str(found).removesuffix("%")

@@ -1,8 +1,8 @@
-"""Both editions while they are built: every message is translated, and every page has a link to its other language.
+"""Both editions while they are built: every message is translated, and pages have a link to their other language.
 
 A Sphinx extension. In the English build it warns of every message without a translation, and collects them for
-`make translations`. In the Chinese one it does what Sphinx leaves undone: words in formulas, anchors of headings, the
-order of the glossary, emphasis.
+`make translations`. In the Chinese one it does what Sphinx leaves undone: words in formulas, the order of the glossary,
+emphasis. In both, headings keep the anchors of their English.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _keep_anchors(app: Any, doctree: Any) -> None:
 
 
 def _sort_glossary(app: Any, doctree: Any) -> None:
-    """Chinese terms in the order of their sounds, as in dictionaries, which is also that of their codes in GB 18030."""
+    """Chinese terms in the order of their sounds, which common characters also have by their codes in GB 18030."""
     if app.config.language != "zh_CN":
         return
     for terms in doctree.findall(addnodes.glossary):

@@ -1,4 +1,4 @@
-"""No line breaks within "5-way" or "98.7 ± 0.4%", or between a formula and the word or punctuation that it touches."""
+"""No line breaks within "5-way" or, outside tables, "98.7 ± 0.4%", or between a formula and what touches it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,19 @@ def keep_together(app: Any, doctree: nodes.document, page: str) -> None:
         for touching, group in groupby(pieces, key=lambda piece: piece[0]):
             children = [child for _, child in group]
             parent += [_whole(*children)] if touching and len(children) > 1 else children
-    in_tables = {text for table in doctree.findall(nodes.table) for text in table.findall(nodes.Text)}
-    for pattern, spared in ((TASK, set()), (WITH_INTERVAL, in_tables)):
+    for pattern in (TASK, WITH_INTERVAL):
         for text in list(doctree.findall(nodes.Text)):
-            parts = pattern.split(text)
-            if len(parts) > 1 and text not in spared and not isinstance(text.parent, VERBATIM):
-                texts = [nodes.Text(part) for part in parts]
-                text.parent.replace(text, [_whole(text) if n % 2 else text for n, text in enumerate(texts) if text])
+            spared = isinstance(text.parent, VERBATIM) or (pattern is WITH_INTERVAL and _in_table(text))
+            parts = [part for part in enumerate(pattern.split(text)) if part[1]]
+            if any(n % 2 for n, _ in parts) and not spared:
+                pieces = [_whole(nodes.Text(part)) if n % 2 else nodes.Text(part) for n, part in parts]
+                text.parent.replace(text, pieces)
+
+
+def _in_table(node: nodes.Node | None) -> bool:
+    while node is not None and not isinstance(node, nodes.table):
+        node = node.parent
+    return node is not None
 
 
 def _pieces(parent: nodes.Element) -> Iterator[tuple[bool, nodes.Node]]:

@@ -125,7 +125,11 @@ def sample_walks(
     horizon: int,
     generator: torch.Generator,
 ) -> Walks:
-    """Walks of every task under its own parameters, `[task, ...]` by name, all side by side; on the CPU."""
+    """Walks of every task under its own parameters, `[task, ...]` by name, all side by side.
+
+    Raises:
+        ValueError: if the parameters are not on the CPU, where walks are simulated.
+    """
     spread = parameters["log_spread"].exp()[:, None]
     check_simulated(spread)
     n_tasks = len(spread)

@@ -369,7 +369,7 @@ def predictor(learner: Any) -> Predictor:
     @torch.no_grad()
     def predict(known: Table) -> Table:
         n_items, found = known.shape[1], torch.empty_like(known)
-        every = torch.arange(n_items, dtype=torch.float32).view(1, -1, 1).to(learner.device)
+        every = torch.arange(n_items, dtype=torch.float32, device=learner.device).view(1, -1, 1)
         counts = (~known.isnan()).sum(1)
         for n in counts.unique().tolist():
             users = (counts == n).nonzero()[:, 0]
@@ -378,9 +378,9 @@ def predictor(learner: Any) -> Predictor:
                 continue
             rows = known[users]
             items = rows.isnan().long().argsort(dim=1, stable=True)[:, :n]
-            told = rows.gather(1, items)[..., None].float()
+            told = rows.gather(1, items)[..., None].to(every)
             asked = every.expand(len(users), -1, -1)
-            episode = Episode(items[..., None].to(every), told.to(every), asked, torch.zeros_like(asked), n_way=1)
+            episode = Episode(items[..., None].to(every), told, asked, torch.zeros_like(asked), n_way=1)
             found[users] = learner(episode)[..., 0].to(known)
         return found
 

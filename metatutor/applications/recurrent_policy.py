@@ -166,7 +166,7 @@ class RL2(Learner):
 
     @torch.no_grad()
     def play(self, tasks: Tasks, generator: torch.Generator, horizon: int | None = None) -> Played:
-        """Tasks played to the end of the horizon, side by side; on the CPU."""
+        """Tasks played to the end of the horizon, side by side; a ValueError if the player is not on the CPU."""
         check_simulated(self.actor.weight)
         now, state = self.world.begin(tasks), torch.zeros(1, len(tasks), self.memory.hidden_size)
         told, steps = torch.zeros(len(tasks), self.memory.input_size - self.world.n_observed), []

@@ -35,3 +35,9 @@ def test_a_formula_and_what_touches_it() -> None:
 def test_chinese_words_touch_no_formula() -> None:
     x, y = nodes.math("", "x"), nodes.math("", "y")
     assert kept(nodes.Text("参数（"), x, nodes.Text("）。再看"), y, nodes.Text("的值")) == ["（x）。"]
+
+
+def test_a_value_and_its_interval_outside_tables() -> None:
+    text = "It is 98.7 ± 0.4% (or ± 0.2%)."
+    assert kept(nodes.Text(text)) == ["98.7 ± 0.4%", "± 0.2%"]
+    assert kept(nodes.Text(text), nodes.table("", nodes.paragraph("", text))) == ["98.7 ± 0.4%", "± 0.2%"]
