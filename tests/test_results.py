@@ -92,19 +92,40 @@ def test_the_validation_of_a_history_is_near_the_test_of_the_same_tasks(name: st
         assert abs(run.history[-1]["validation_accuracy"] - mean) < 0.02
 
 
-@pytest.mark.parametrize("path", sorted(results_folder().glob("search/*.json")), ids=lambda path: path.stem)
-def test_settings_were_chosen_on_validation_classes(path: Path) -> None:
-    """What was tried stands there with accuracies on validation classes alone, and the run has settings from there."""
-    search = json.loads(path.read_text(encoding="utf-8"))
-    [name] = set(re.findall(r"`(omniglot-\S+)`", search["about"]))
-    about = json.loads((results_folder() / name / "config.json").read_text(encoding="utf-8"))
-    settings = ("n_way", "images_of_a_class", "in_turn", "iterations")
+SEARCHES = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results_folder().glob("search/*.json")}
+
+
+def settings_of(run: str) -> dict[str, Any]:
+    return json.loads((results_folder() / run / "config.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", sorted(SEARCHES))
+def test_settings_were_chosen_on_validation_classes(name: str) -> None:
+    """What was tried stands there with accuracies on validation classes alone."""
+    described = {"papers": {"run", "tasks_per_step", "warp"}}.get(name, {"n_way", "images_of_a_class", "in_turn"})
+    for row in SEARCHES[name]["rows"]:
+        assert set(row) == {"tried", "iterations", "validation", *described}
+        assert row["validation"] and all(0 < accuracy < 1 for accuracy in row["validation"].values())
+
+
+@pytest.mark.parametrize("name", ["recipe", "ceiling"])
+def test_the_recipe_has_settings_that_were_tried(name: str) -> None:
+    [run] = set(re.findall(r"`(omniglot-\S+)`", SEARCHES[name]["about"]))
+    about = settings_of(run)
     n_images = about["k_shot"] + about["n_query"]
     chosen = (about["n_way"], n_images, about["learner"]["in_turn"], about["train"]["iterations"])
-    assert chosen in [tuple(row[setting] for setting in settings) for row in search["rows"]]
-    for row in search["rows"]:
-        assert set(row) == {"tried", "validation", *settings}
-        assert row["validation"] and all(0 < accuracy < 1 for accuracy in row["validation"].values())
+    settings = ("n_way", "images_of_a_class", "in_turn", "iterations")
+    assert chosen in [tuple(row[setting] for setting in settings) for row in SEARCHES[name]["rows"]]
+
+
+def test_what_was_tried_for_the_papers_is_compared_with_what_was_recorded() -> None:
+    rows = SEARCHES["papers"]["rows"]
+    recorded = {row["run"]: row for row in rows if row["tried"] == "as recorded"}
+    assert recorded.keys() == {row["run"] for row in rows}
+    for run, row in recorded.items():
+        about = settings_of(run)
+        used = (about["train"]["iterations"], about["train"]["tasks_per_step"], about["data"].get("warp", False))
+        assert (row["iterations"], row["tasks_per_step"], row["warp"]) == used
 
 
 # --- what the weights give ---

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import research_tables as research
 from methods import methods_index
+from research_tables import rows_of
 from tabulate import tabulate
 
-from metatutor.comparison import SETTINGS, Row, compared, summary
+from metatutor.comparison import SETTINGS, summary
 from metatutor.evaluation import Evaluation
-from metatutor.runs import published, read_evaluations, run_folders, task_of
+from metatutor.runs import read_evaluations, run_folders, task_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("installs", "imports", "works")
-RECIPE = "omniglot-best"  # how the names of its evaluations begin
 FAILURES = {"installs": "does not install", "imports": "cannot be imported", "works": "fails"}
 
 
@@ -70,7 +70,7 @@ def benchmark_table(results: Path) -> str:
 
 def tools_table(results: Path) -> str:
     """One row a package, of what `studies/tools.py` found; what went wrong stands below."""
-    if not (measured := _rows_of(results / "studies/tools.json")):
+    if not (measured := rows_of(results / "studies/tools.json")):
         return ""
     rows, troubles = [], []
     for tool in measured:
@@ -86,117 +86,6 @@ def tools_table(results: Path) -> str:
     return "\n\n".join(
         [table, f"Measured on {told}.", *(["What went wrong:", "\n".join(troubles)] if troubles else [])]
     )
-
-
-def recipe_table(results: Path) -> str:
-    """One row a kind of tasks: the recipe, the best of the other recorded runs, and the best of the papers."""
-    by_setting: dict[tuple[int, int], list[Row]] = {setting: [] for setting in SETTINGS}
-    for row in compared(results):
-        by_setting[row.ours.n_way, row.ours.k_shot].append(row)
-    rows = []
-    for (n_way, k_shot), of_setting in by_setting.items():
-        recipes = [row for row in of_setting if row.name.startswith(RECIPE)]
-        others = [row for row in of_setting if row not in recipes and not row.ours.transductive]
-        papers = [row for row in published() if (row["n_way"], row["k_shot"]) == (n_way, k_shot)]
-        if recipes and others:
-            (recipe,), other = recipes, max(others, key=lambda row: row.ours.accuracy)
-            paper = max(papers, key=lambda row: row["accuracy"])
-            ours, theirs = (_fine(row.ours.accuracy, row.ours.ci95) for row in (recipe, other))
-            published_best = f"{100 * paper['accuracy']:.4g}, {paper['method']}"
-            rows.append((f"{n_way}-way {k_shot}-shot", f"**{ours}**", f"{theirs}, {other.method}", published_best))
-    head = ("tasks", "the recipe", "best of the other runs, one query at a time", "best of the papers")
-    return tabulate(rows, head, "github", disable_numparse=True)
-
-
-def ablation_table(results: Path) -> str:
-    """One row an ingredient of the recipe: what is lost without it, task by task, after a short training."""
-    if not (measured := _rows_of(results / "studies/recipe.json")):
-        return ""
-    kinds = ("5-way 1-shot", "20-way 1-shot")
-    [whole] = [row for row in measured if not row["without"]]
-    parts = sorted((row for row in measured if row["without"]), key=lambda row: row[kinds[1]]["lost"])
-    rows = [("*all of it, without shifts*", *(_fine(whole[k]["accuracy"], whole[k]["ci95"]) for k in kinds))]
-    rows += [(row["without"], *(_fine(row[k]["lost"], row[k]["lost_ci95"], "+") for k in kinds)) for row in parts]
-    return tabulate(rows, ("brought by", *kinds), "github", disable_numparse=True)
-
-
-def search_table(results: Path) -> str:
-    """One row a setting that was tried for the recipe: accuracies on validation classes."""
-    if not (tried := _rows_of(results / "search/recipe.json")):
-        return ""
-    rows = []
-    for row in tried:
-        found = ", ".join(f"{100 * accuracy:.1f}% ({kind})" for kind, accuracy in row["validation"].items())
-        rows.append((row["tried"], f"{row['n_way']} × {row['images_of_a_class']}", f"{row['iterations']:,}", found))
-    head = ("tried", "classes × images", "iterations", "on validation classes")
-    return tabulate(rows, head, "github", disable_numparse=True)
-
-
-def papers_table(results: Path) -> str:
-    """One row a method: accuracies under its paper's rules, where recorded, and the published ones; bold if reached."""
-    by_method: dict[str, dict[tuple[int, int], Row]] = {}
-    for row in compared(results):
-        if row.paper:
-            by_method.setdefault(row.method, {})[row.ours.n_way, row.ours.k_shot] = row
-    rows = []
-    for method, of in by_method.items():
-        cells = [_beside_paper(of[setting]) if setting in of else "–" for setting in SETTINGS]
-        rows.append((method, *cells, _rules(list(of.values()))))
-    head = ("method", *(f"{n_way}-way {k_shot}-shot" for n_way, k_shot in SETTINGS), "rules")
-    return tabulate(rows, head, "github", disable_numparse=True)
-
-
-def _beside_paper(row: Row) -> str:
-    assert row.paper
-    found = str(row.as_published or row.ours)[:-1]
-    cell = f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
-    return cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-
-
-def _rules(rows: list[Row]) -> str:
-    """What was done as in the paper and not as in the rest of this book."""
-    pairs = [(row.ours, row.as_published) for row in rows if row.as_published]
-    if not pairs:
-        return "as in this book"
-    characters = any(ours.split != theirs.split for ours, theirs in pairs)
-    return "the paper's characters" if characters else "the paper's number of queries"
-
-
-def gaps_table(results: Path) -> str:
-    """One row a result below its paper's: the same weights on three kinds of classes; bold if the paper is reached."""
-    measured, rows = {row["name"]: row for row in _rows_of(results / "studies/gaps.json")}, []
-    for row in (row for row in compared(results) if row.below_paper and measured):
-        kinds, cells = measured[row.name], []
-        for kind in ("train", "validation", "test"):
-            found = replace(row.ours, mean=kinds[kind]["accuracy"], ci95=kinds[kind]["ci95"])
-            cell = str(found).removesuffix("%")
-            cells.append(cell if replace(row, ours=found, as_published=None).below_paper else f"**{cell}**")
-        rows.append((row.method, task_of(row.ours), row.papers_cell.removesuffix("%"), *cells))
-    head = ("method", "tasks", "the paper", "training characters", "validation characters", "test characters")
-    return tabulate(rows, head, "github", disable_numparse=True)
-
-
-def splits_table(results: Path) -> str:
-    """One row a split: the same training and test on other characters."""
-    if not (measured := _rows_of(results / "studies/splits.json")):
-        return ""
-    kinds = ("5-way 1-shot", "20-way 1-shot")
-    rows = [(_split(row["split"]), *(_fine(row[k]["accuracy"], row[k]["ci95"]) for k in kinds)) for row in measured]
-    return tabulate(rows, ("test characters", *kinds), "github", disable_numparse=True)
-
-
-def _split(name: str) -> str:
-    return f"random, seed {name.removeprefix('random-')}" if name.startswith("random-") else "Matching Networks' paper"
-
-
-def _rows_of(path: Path) -> list[dict[str, Any]]:
-    """What a study or a search recorded; nothing if it was not run."""
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-
-
-def _fine(value: float, ci95: Any, sign: str = "") -> str:
-    """With two decimals, for small differences."""
-    return f"{100 * value:{sign}.2f} ± {100 * ci95:.2f}".replace("-", "−")
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -215,14 +104,17 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
         root / "book/runs.md": {"runs": runs_table(results)},
         root / "book/tools.md": {"tools": tools_table(results)},
         root / "book/recipe.md": {
-            "recipe": recipe_table(results),
-            "ablation": ablation_table(results),
-            "search": search_table(results),
+            "recipe": research.recipe_table(results),
+            "ablation": research.ablation_table(results),
+            "search": research.search_table(results),
+            "ceiling": research.ceiling_table(results),
         },
         root / "book/published.md": {
-            "papers": papers_table(results),
-            "gaps": gaps_table(results),
-            "splits": splits_table(results),
+            "papers": research.papers_table(results),
+            "gaps": research.gaps_table(results),
+            "closing": research.closing_table(results),
+            "streams": research.streams_table(results),
+            "splits": research.splits_table(results),
         },
         root / "book/methods.md": {"methods": methods_index(root)},
     }
