@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def papers_table(results: Path) -> str:
     for row in compared(results):
         if row.paper:
             by_method.setdefault(row.method, {})[row.ours.n_way, row.ours.k_shot] = row
+    for row in _without_convolutions(results):
+        by_method.setdefault(row.method, {})[row.ours.n_way, row.ours.k_shot] = row
     rows = []
     for method, of in by_method.items():
         cells = [_beside_paper(of[setting]) if setting in of else "–" for setting in SETTINGS]
@@ -84,11 +87,29 @@ def papers_table(results: Path) -> str:
     return tabulate(rows, head, "github", disable_numparse=True)
 
 
+def _without_convolutions(results: Path, kind: str = "test") -> list[Row]:
+    """What `studies/no_convolutions.py` measured on one kind of characters, beside the paper's numbers."""
+    method = "MAML, no convolutions"
+    papers = {row["k_shot"]: row for row in published() if row["method"] == method}
+    rows = []
+    for row in rows_of(results / "studies/no_convolutions.json"):
+        if row["kind"] == kind:
+            like = next(other for other in compared(results) if other.name == f"omniglot-maml-5w{row['k_shot']}s")
+            found = replace(like.as_published or like.ours, mean=row["accuracy"], ci95=row["ci95"])
+            rows.append(replace(like, method=method, as_published=found, paper=papers[row["k_shot"]]))
+    return rows
+
+
 def _beside_paper(row: Row) -> str:
     assert row.paper
     found = str(row.as_published or row.ours)[:-1]
     cell = f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
-    return cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return _whole(cell)
+
+
+def _whole(cell: str) -> str:
+    """The cell, unbroken around its signs."""
+    return re.sub(" ([±×]) ", "\N{NO-BREAK SPACE}\\1\N{NO-BREAK SPACE}", cell)
 
 
 def _rules(rows: list[Row]) -> str:
@@ -123,7 +144,9 @@ def closing_table(results: Path) -> str:
     rows = []
     for row in rows_of(results / "search/papers.json"):
         found = (f"{100 * row['validation'][kind]:.1f}" if kind in row["validation"] else "–" for kind in kinds)
-        rows.append((methods[row["run"]], row["tried"], f"{row['iterations']:,} × {row['tasks_per_step']}", *found))
+        rows.append(
+            (methods[row["run"]], row["tried"], _whole(f"{row['iterations']:,} × {row['tasks_per_step']}"), *found)
+        )
     head = ("method", "training", "iterations × tasks", *kinds)
     return tabulate(rows, head, "github", disable_numparse=True) if rows else ""
 
@@ -138,7 +161,7 @@ def streams_table(results: Path) -> str:
         cells = []
         for instance, of_paper in paper.items():
             mean, ci95 = (row[f"{name}_by_instance"][instance - 1] for name in ("accuracy", "ci95"))
-            cell = f"{100 * mean:.1f} ± {100 * ci95:.1f}"
+            cell = _whole(f"{100 * mean:.1f} ± {100 * ci95:.1f}")
             cells.append(f"**{cell}**" if mean >= of_paper else cell)
         rows.append((f"{'training' if row['kind'] == 'train' else row['kind']} characters", *cells))
     head = ("accuracy at the", *(f"{i}{ENDINGS.get(i, 'th')}" for i in paper))

@@ -1,4 +1,7 @@
-"""No line breaks within "5-way" or, outside tables, "98.7 ± 0.4%", or between a formula and what touches it."""
+"""No line breaks within "5-way" or, outside tables, "98.7 ± 0.4%", or between a formula and what touches it.
+
+On a phone, the cells of a table that hold a sentence stay wide enough to be read.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ WITH_INTERVAL = re.compile(r"((?:\b\d[\d.]*\s)?±\s[\d.]*\d%?)")  # which may br
 # what touches a formula; Chinese words do not, as Chinese has no spaces
 AFTER = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[、。，；：！？）》」])*")
 BEFORE = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[（《「])*\Z")
+SENTENCE = 24  # letters from which on a cell needs room; a Chinese character counts for two
 VERBATIM = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)
 
 
@@ -32,6 +36,13 @@ def keep_together(app: Any, doctree: nodes.document, page: str) -> None:
             if any(n % 2 for n, _ in parts) and not spared:
                 pieces = [_whole(nodes.Text(part)) if n % 2 else nodes.Text(part) for n, part in parts]
                 text.parent.replace(text, pieces)
+
+
+def give_room(app: Any, doctree: nodes.document, page: str) -> None:
+    """Mark the cells that hold sentences."""
+    for cell in doctree.findall(nodes.entry):
+        if sum(1 + (letter >= "\u2e80") for letter in cell.astext()) > SENTENCE:
+            cell["classes"].append("mt-sentence")
 
 
 def _in_table(node: nodes.Node | None) -> bool:
@@ -61,4 +72,5 @@ def _whole(*children: nodes.Node) -> nodes.inline:
 def setup(app: Any) -> dict[str, bool]:
     """Connect the extension to Sphinx."""
     app.connect("doctree-resolved", keep_together)
+    app.connect("doctree-resolved", give_room)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

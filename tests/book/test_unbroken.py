@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from docutils import nodes, utils
-from unbroken import keep_together
+from unbroken import give_room, keep_together
 
 
 def kept(*children: nodes.Node) -> list[str]:
@@ -41,3 +41,11 @@ def test_a_value_and_its_interval_outside_tables() -> None:
     text = "It is 98.7 ± 0.4% (or ± 0.2%)."
     assert kept(nodes.Text(text)) == ["98.7 ± 0.4%", "± 0.2%"]
     assert kept(nodes.Text(text), nodes.table("", nodes.paragraph("", text))) == ["98.7 ± 0.4%", "± 0.2%"]
+
+
+def test_cells_with_sentences_get_room() -> None:
+    document = utils.new_document("page")
+    cells = ["98.7 ± 0.4", "twice as long, stopped on the way", "训练时间加倍，中途停下", "关系网络"]
+    document += [nodes.entry("", nodes.paragraph("", text)) for text in cells]
+    give_room(None, document, "page")
+    assert ["mt-sentence" in cell["classes"] for cell in document.findall(nodes.entry)] == [False, True, False, False]
