@@ -15,7 +15,7 @@ LONGEST := $(foreach n,02b 05b 03c 01b 05 08 06 03b,$(wildcard notebooks/$(n)_*.
 EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.css' -o -name '*.js' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
-STUDIES ?= comparison lake moved ways transfer classes reinforcement tools recipe splits gaps streams
+STUDIES ?= comparison lake moved ways transfer classes reinforcement tools recipe splits gaps streams no_convolutions
 BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast

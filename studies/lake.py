@@ -4,8 +4,9 @@
 
 Every recorded learner that takes 20-way 1-shot tasks, beside the errors that were published. Most of them were trained
 on characters of all alphabets, those of the test too. With a folder to work in, every method is also trained on the 30
-background alphabets alone, as the test wants it: Prototypical Networks for an hour on one core, the others for five to
-twenty minutes, most of them less than the recorded runs. A folder with an evaluation is taken as it is.
+background alphabets alone, as the test wants it: Prototypical Networks and the recipe for an hour or more on one core,
+the others for five to twenty minutes, most of them less than the recorded runs. A folder with an evaluation is taken as
+it is.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def background_runs(
     """Methods, trained on the background alphabets; a training that was cut off goes on."""
     for method in methods:
         of_run, config, test = folder / method, background_config(method), TESTS.get(method, TEST)
-        if not (of_run / "evaluations.json").exists():
+        if not ((of_run / "evaluations.json").exists() and read_evaluations(of_run)["evaluations"]):
             run_training(config, of_run, [test], data=data, device="cpu", progress_bar=False)
         about, learner = read_evaluations(of_run), load_learner(of_run, config.tested(test))
         [record] = about["evaluations"]

@@ -1,6 +1,6 @@
 """MAML without convolutions, the fully connected network of its paper: what the published 89.7% and 97.5% are about.
 
-    python studies/no_convolutions.py --train FOLDER
+    python studies/no_convolutions.py
 
 The recorded run of MAML on 5-way 1-shot tasks with another network and fewer steps, tested with as many query images of
 a class as there are support images, as in the paper: on test characters, and on those of validation and of training.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -29,19 +30,16 @@ TESTS: dict[int, tuple[int, dict[str, Any]]] = {
 KINDS = ("test", "validation", "train")
 
 
-def main(
-    train: Path,
-    data: Path | None = None,
-    iterations: int = 12_000,
-) -> None:
-    """Train for about half an hour on one core, and write `results/studies/no_convolutions.json`.
+def main(train: Path | None = None, data: Path | None = None, iterations: int = 12_000) -> None:
+    """Train for a quarter of an hour on one core, and write `results/studies/no_convolutions.json`.
 
     Args:
-        train: a folder for the training; one that was cut off goes on.
+        train: a folder for the training, where one that was cut off goes on; None: a temporary one.
         data: where Omniglot lies.
         iterations: of the training.
     """
     torch.set_num_threads(1)
+    train = train or Path(mkdtemp())
     settings = settings_of(TRAINED_AS) | {"network": NETWORK}
     settings["train"] |= {"iterations": iterations}
     config = parse_config(json.dumps(settings), "no_convolutions")

@@ -7,6 +7,7 @@ import re
 import pytest
 from sources import ROOT, bibliography_keys
 
+from metatutor.comparison import METHODS
 from metatutor.runs import published, published_streams
 
 # 5-way 1-shot, 5-way 5-shot, 20-way 1-shot, 20-way 5-shot
@@ -69,6 +70,15 @@ def test_a_row_says_where_it_comes_from_and_under_which_rules(row: dict) -> None
     assert set(row) == {"method", "n_way", "k_shot", "accuracy", "ci95", "source", "protocol"}
     assert row["source"] in bibliography_keys((ROOT / "book/references.bib").read_text(encoding="utf-8"))
     assert re.search(r"\w", row["protocol"])
+
+
+def test_every_method_of_the_table_is_on_the_page_against_the_papers() -> None:
+    """MANN by instance, in a table of its own; Meta Networks on the standard split, which others can repeat."""
+    page = (ROOT / "book/published.md").read_text(encoding="utf-8")
+    names = {paper: ours for ours, paper in METHODS.values() if paper}
+    names |= {"MANN, no convolutions": "MANN", "Meta Networks": "Meta Networks"}
+    for row in ROWS:
+        assert names.get(row["method"], row["method"]) in page, row["method"]
 
 
 def test_every_accuracy_by_instance_is_published_once_and_nothing_else() -> None:
