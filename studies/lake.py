@@ -94,7 +94,7 @@ def background_runs(
     """Methods, trained on the background alphabets; a training that was cut off goes on."""
     for method in methods:
         of_run, config, test = folder / method, background_config(method), TESTS.get(method, TEST)
-        if not ((of_run / "evaluations.json").exists() and read_evaluations(of_run)["evaluations"]):
+        if not read_evaluations(of_run)["evaluations"]:
             run_training(config, of_run, [test], data=data, device="cpu", progress_bar=False)
         about, learner = read_evaluations(of_run), load_learner(of_run, config.tested(test))
         [record] = about["evaluations"]
@@ -113,8 +113,10 @@ def main(train: Path | None = None, data: Path | None = None, only: tuple[str, .
         only: methods to train, such as `maml`; the rows of others stay as they are. Default: all.
 
     Raises:
-        ValueError: if one of them is unknown.
+        ValueError: if one of them is unknown, or there is no folder to train in.
     """
+    if only and train is None:
+        raise ValueError("only names methods to train; give --train FOLDER")
     if unknown := set(only) - BACKGROUND.keys():
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; choose among {', '.join(BACKGROUND)}")
     torch.set_num_threads(1)

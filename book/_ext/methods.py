@@ -66,7 +66,11 @@ def chapter_of(cls: type, root: Path) -> Path:
 
 
 def section_of(cls: type, tag: str, chapter: Path) -> tuple[Path, Section]:
-    """Where a chapter, or a page that continues it, treats a method: under its name, in code, or in most words."""
+    """Where a chapter, or a page that continues it, treats a method.
+
+    The section that is named like it, else the first whose code uses it, else the one whose text names it most, else
+    the whole chapter.
+    """
     number = chapter.stem.partition("_")[0]
     pages = [chapter, *sorted(chapter.parent.glob(f"{number}[a-z]_*.ipynb"))]
     title, *found = ((page, section) for page in pages for section in sections(page))

@@ -11,11 +11,11 @@ from typing import Any
 from tabulate import tabulate
 
 from metatutor.comparison import SETTINGS, Row, compared
+from metatutor.evaluation import ordinal
 from metatutor.runs import published, published_streams, task_of
 
 RECIPE = "omniglot-best"  # how the names of its evaluations begin
 KINDS = ("5-way 1-shot", "20-way 1-shot")
-ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 
 
 def recipe_table(results: Path) -> str:
@@ -87,24 +87,23 @@ def papers_table(results: Path) -> str:
     return tabulate(rows, head, "github", disable_numparse=True)
 
 
-def _without_convolutions(results: Path, kind: str = "test") -> list[Row]:
-    """What `studies/no_convolutions.py` measured on one kind of characters, beside the paper's numbers."""
-    method = "MAML, no convolutions"
+def _without_convolutions(results: Path) -> list[Row]:
+    """What `studies/no_convolutions.py` measured on test characters, beside the paper; the rest is MAML's own row."""
+    method, mamls = "MAML, no convolutions", {row.name: row for row in compared(results)}
     papers = {row["k_shot"]: row for row in published() if row["method"] == method}
     rows = []
     for row in rows_of(results / "studies/no_convolutions.json"):
-        if row["kind"] == kind:
-            like = next(other for other in compared(results) if other.name == f"omniglot-maml-5w{row['k_shot']}s")
-            found = replace(like.as_published or like.ours, mean=row["accuracy"], ci95=row["ci95"])
-            rows.append(replace(like, method=method, as_published=found, paper=papers[row["k_shot"]]))
+        if row["kind"] == "test":
+            maml = mamls[f"omniglot-maml-5w{row['k_shot']}s"]
+            found = replace(maml.as_published or maml.ours, mean=row["accuracy"], ci95=row["ci95"])
+            rows.append(replace(maml, method=method, as_published=found, paper=papers[row["k_shot"]]))
     return rows
 
 
 def _beside_paper(row: Row) -> str:
     assert row.paper
     found = str(row.as_published or row.ours)[:-1]
-    cell = f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})"
-    return _whole(cell)
+    return _whole(f"{found if row.below_paper else f'**{found}**'} ({row.papers_cell[:-1]})")
 
 
 def _whole(cell: str) -> str:
@@ -137,16 +136,12 @@ def gaps_table(results: Path) -> str:
 
 def closing_table(results: Path) -> str:
     """One row a setting that was tried for a result below its paper's: accuracies on validation classes."""
-    methods, kinds = (
-        {row.name: row.method for row in compared(results)},
-        ("5-way 1-shot", "5-way 5-shot", "20-way 1-shot"),
-    )
-    rows = []
+    methods = {row.name: row.method for row in compared(results)}  # of runs named like one of their evaluations
+    kinds, rows = ("5-way 1-shot", "5-way 5-shot", "20-way 1-shot"), []
     for row in rows_of(results / "search/papers.json"):
         found = (f"{100 * row['validation'][kind]:.1f}" if kind in row["validation"] else "–" for kind in kinds)
-        rows.append(
-            (methods[row["run"]], row["tried"], _whole(f"{row['iterations']:,} × {row['tasks_per_step']}"), *found)
-        )
+        work = _whole(f"{row['iterations']:,} × {row['tasks_per_step']}")
+        rows.append((methods[row["run"]], row["tried"], work, *found))
     head = ("method", "training", "iterations × tasks", *kinds)
     return tabulate(rows, head, "github", disable_numparse=True) if rows else ""
 
@@ -164,7 +159,7 @@ def streams_table(results: Path) -> str:
             cell = _whole(f"{100 * mean:.1f} ± {100 * ci95:.1f}")
             cells.append(f"**{cell}**" if mean >= of_paper else cell)
         rows.append((f"{'training' if row['kind'] == 'train' else row['kind']} characters", *cells))
-    head = ("accuracy at the", *(f"{i}{ENDINGS.get(i, 'th')}" for i in paper))
+    head = ("accuracy at the", *map(ordinal, paper))
     return tabulate(rows, head, "github", disable_numparse=True)
 
 

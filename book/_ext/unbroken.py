@@ -1,6 +1,6 @@
 """No line breaks within "5-way" or, outside tables, "98.7 ± 0.4%", or between a formula and what touches it.
 
-On a phone, the cells of a table that hold a sentence stay wide enough to be read.
+On a phone, the cells of a table that hold much text stay wide enough to be read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WITH_INTERVAL = re.compile(r"((?:\b\d[\d.]*\s)?±\s[\d.]*\d%?)")  # which may br
 # what touches a formula; Chinese words do not, as Chinese has no spaces
 AFTER = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[、。，；：！？）》」])*")
 BEFORE = re.compile(r"(?:[^\s\u2e80-\U0010ffff]|[（《「])*\Z")
-SENTENCE = 24  # letters from which on a cell needs room; a Chinese character counts for two
+MUCH = 24  # characters; a cell with more of them needs room
 VERBATIM = (nodes.literal, nodes.math, nodes.raw, nodes.FixedTextElement)
 
 
@@ -39,9 +39,9 @@ def keep_together(app: Any, doctree: nodes.document, page: str) -> None:
 
 
 def give_room(app: Any, doctree: nodes.document, page: str) -> None:
-    """Mark the cells that hold sentences."""
+    """Mark cells of more than 24 characters, a Chinese one counting twice."""
     for cell in doctree.findall(nodes.entry):
-        if sum(1 + (letter >= "\u2e80") for letter in cell.astext()) > SENTENCE:
+        if sum(1 + (letter >= "\u2e80") for letter in cell.astext()) > MUCH:
             cell["classes"].append("mt-sentence")
 
 

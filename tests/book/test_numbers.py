@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from metatutor import runs
+from metatutor.evaluation import confidence95
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("book/*.md")), *sorted(ROOT.glob("notebooks/*.ipynb"))]
@@ -37,6 +39,9 @@ def fractions() -> Iterator[float]:
         for key in ("accuracy", "ci95", "error", "accuracy_by_instance", "ci95_by_instance"):
             value = row.get(key)
             yield from value if isinstance(value, list) else [] if value is None else [value]
+    for row in (row for row in runs.study("lake") if row["split"] == "lake"):
+        wrong = torch.tensor(row["wrong"], dtype=torch.float64) / 20
+        yield from (wrong.mean().item(), confidence95(wrong))
 
 
 KNOWN = {f"{100 * fraction:.{digits}f}" for fraction in fractions() for digits in (0, 1)} | DEFINED
