@@ -1,7 +1,7 @@
 """Look over the built pages as a reader's browser would: `python book/_ext/check_pages.py _build/html`.
 
 Fails if a picture has no alternative text, a link or file inside the book does not exist, a page loads something from
-elsewhere, or a formula could not be set. Sphinx checks the references in the sources; this checks what came out, the
+elsewhere, a formula could not be set, or asterisks that should have made words bold are seen. Sphinx checks the references in the sources; this checks what came out, the
 pictures that notebooks drew included.
 """
 
@@ -13,10 +13,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 NOT_PAGES = {"genindex.html", "search.html", "py-modindex.html"}
+VERBATIM = {"code", "pre", "script", "style", "annotation"}
 
 
 class Page(HTMLParser):
-    """The ids, pictures and links of one HTML page, what it loads, and the formulas that could not be set."""
+    """The ids, pictures and links of one HTML page, what it loads, and formulas and bold text that were not set."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -25,10 +26,13 @@ class Page(HTMLParser):
         self.pictures: list[tuple[str, str | None]] = []
         self.loaded: list[str] = []
         self.unset: list[str] = []
+        self.starred: list[str] = []
+        self.verbatim = 0  # how deep inside code, scripts or the sources of formulas
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
+        self.verbatim += tag in VERBATIM
         for name in ("id", "name") if tag == "a" else ("id",):
             self.ids.add(attributes.get(name) or "")
         if tag == "img":
@@ -43,6 +47,13 @@ class Page(HTMLParser):
         for name in ("href", "src"):
             if tag in ("a", "img", "script", "link") and attributes.get(name):
                 self.targets.append(attributes[name] or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.verbatim -= tag in VERBATIM
+
+    def handle_data(self, data: str) -> None:
+        if "**" in data and not self.verbatim:
+            self.starred.append(data.strip()[:40])
 
 
 def problems(folder: Path) -> list[str]:
@@ -59,6 +70,8 @@ def problems(folder: Path) -> list[str]:
                 found.append(f"{where}: no alternative text for {source[:60]}")
         found += [f"{where}: loads {address} from elsewhere" for address in page.loaded if urlsplit(address).netloc]
         found += [f"{where}: a formula cannot be set: {reason}" for reason in page.unset]
+        if path.name != "api.html":  # where ** stands before keyword arguments
+            found += [f"{where}: should be bold: {text}" for text in page.starred]
         for target in page.targets:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:

@@ -18,7 +18,7 @@ def built(folder: Path, body: str) -> list[str]:
 
 
 def test_a_sound_page_passes(tmp_path: Path) -> None:
-    assert built(tmp_path, GOOD) == []
+    assert built(tmp_path, GOOD) == built(tmp_path, GOOD + "<pre><code>f(**x)</code></pre>") == []
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def test_a_sound_page_passes(tmp_path: Path) -> None:
         '<script src="https://example.org/x.js"></script>',
         '<link rel="stylesheet" href="//example.org/x.css">',
         '<span class="katex-error" title="no such command">x</span>',
+        "<p>**关系网络：**需要更久的训练</p>",
     ],
 )
 def test_a_fault_is_found(tmp_path: Path, body: str) -> None:
