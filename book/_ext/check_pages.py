@@ -1,8 +1,8 @@
 """Look over the built pages as a reader's browser would: `python book/_ext/check_pages.py _build/html`.
 
 Fails if a picture has no alternative text, a link or file inside the book does not exist, a page loads something from
-elsewhere, a formula could not be set, or asterisks that should have made words bold are seen. Sphinx checks the references in the sources; this checks what came out, the
-pictures that notebooks drew included.
+elsewhere, a formula could not be set, or asterisks are seen that should have made words bold. Sphinx checks the
+references in the sources; this checks what came out, the pictures that notebooks drew included.
 """
 
 from __future__ import annotations
