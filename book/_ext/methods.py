@@ -16,18 +16,16 @@ from pathlib import Path
 
 from stamp import read_address
 
-from metatutor.comparison import METHODS
 from metatutor.config import known
 from metatutor.runs import run_folders
 
 
 @dataclass
 class Section:
-    """A section of a notebook: its heading, that heading's level, and the texts and code under it."""
+    """A section of a notebook: its heading, that heading's level, and the code under it."""
 
     level: int
     heading: str
-    texts: list[str] = field(default_factory=list)
     code: list[str] = field(default_factory=list)
 
     @property
@@ -42,11 +40,7 @@ def sections(notebook: Path) -> list[Section]:
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         text = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            before, *parts = re.split(r"^(#{1,3}) (.+)$", text, flags=re.MULTILINE)
-            if found:
-                found[-1].texts.append(before)
-            for marks, title, under in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
-                found.append(Section(len(marks), title, [under]))
+            found += [Section(len(marks), title) for marks, title in re.findall(r"^(#{1,3}) (.+)$", text, re.MULTILINE)]
         elif found:
             found[-1].code.append(text)
     return found
@@ -66,24 +60,15 @@ def chapter_of(cls: type, root: Path) -> Path:
 
 
 def section_of(cls: type, tag: str, chapter: Path) -> tuple[Path, Section]:
-    """Where a chapter, or a page that continues it, treats a method.
-
-    The section that is named like it, else the first whose code uses it, else the one whose text names it most, else
-    the whole chapter.
-    """
+    """Where a chapter, or a page that continues it, treats a method: under its name, else where code first uses it."""
     number = chapter.stem.partition("_")[0]
     pages = [chapter, *sorted(chapter.parent.glob(f"{number}[a-z]_*.ipynb"))]
-    title, *found = ((page, section) for page in pages for section in sections(page))
-    found = [(page, section) for page, section in found if section.level > 1]
-    in_book = METHODS.get((tag, ""), (tag, None))[0]
-    for page, section in found:
-        if re.sub(r"[^\w ]", "", section.heading.lower()).startswith(tag.partition("-")[0]):
-            return page, section
-    for page, section in found:
-        if any(re.search(rf"\b{cls.__name__}\b", code) for code in section.code):
-            return page, section
-    most = max(found, key=lambda of: sum(text.count(in_book) for text in of[1].texts))
-    return most if in_book in "".join(most[1].texts) else title
+    found = [(page, section) for page in pages for section in sections(page)]
+    rest = [(page, section) for page, section in found if section.level > 1]
+    first = tag.partition("-")[0]
+    named = [(page, s) for page, s in rest if re.sub(r"[^\w ]", "", s.heading.lower()).startswith(first)]
+    used = [(page, s) for page, s in rest if any(re.search(rf"\b{cls.__name__}\b", code) for code in s.code)]
+    return next(iter(named + used), found[0])
 
 
 @cache
