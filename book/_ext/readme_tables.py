@@ -108,6 +108,7 @@ def pages(root: Path) -> dict[Path, dict[str, str]]:
             "ablation": research.ablation_table(results),
             "search": research.search_table(results),
             "ceiling": research.ceiling_table(results),
+            "known": research.known_table(results),
         },
         root / "book/published.md": {
             "papers": research.papers_table(results),

@@ -63,12 +63,18 @@ def search_table(results: Path) -> str:
 
 def ceiling_table(results: Path) -> str:
     """One row a change to the recipe that was tried when it stood: accuracies on validation classes, two decimals."""
-    if not (tried := rows_of(results / "search/ceiling.json")):
-        return ""
     rows = [
-        (row["tried"], f"{row['iterations']:,}", *(f"{100 * row['validation'][k]:.2f}" for k in KINDS)) for row in tried
+        (row["tried"], f"{row['iterations']:,}", *(f"{100 * row['validation'][k]:.2f}" for k in KINDS))
+        for row in rows_of(results / "search/ceiling.json")
     ]
-    return tabulate(rows, ("changed", "iterations", *KINDS), "github", disable_numparse=True)
+    return tabulate(rows, ("changed", "iterations", *KINDS), "github", disable_numparse=True) if rows else ""
+
+
+def known_table(results: Path) -> str:
+    """The recipe trained without and with the characters that it is asked, as others drew them."""
+    tried = rows_of(results / "search/known.json")
+    rows = [(row["tried"], *(f"{100 * accuracy:.2f}" for accuracy in row["validation"].values())) for row in tried]
+    return tabulate(rows, ("trained on", *tried[0]["validation"]), "github", disable_numparse=True) if rows else ""
 
 
 def papers_table(results: Path) -> str:
