@@ -120,11 +120,7 @@ class Scratch(_Untrained, NetworkLearner):
         initial = self.initial_parameters(episode)
         first = {name: p[0] for name, p in initial.items()}
         ways = self.ways or functional_call(self.network, first, (episode.support_images[0, :1],)).shape[-1]
-        if ways != episode.n_way:
-            raise ValueError(
-                f"the network has {ways} outputs but the episode is {episode.n_way}-way; "
-                f"build ConvNet(n_outputs={episode.n_way})"
-            )
+        self.check_outputs(ways, episode)
         optimizer = partial(torch.optim.Adam, lr=self.lr)
         moving = {name for name, p in self.network.named_parameters() if p.requires_grad}
         norms = [layer for layer in self.network.modules() if isinstance(layer, nn.modules.batchnorm._NormBase)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metatutor.allocator import keep_freed_memory_once, limited_threads, threads_for
-from metatutor.backbones import Described, Network, backbone
+from metatutor.backbones import Backbone, Described, Network, backbone
 from metatutor.data.images import task_of
 from metatutor.episodes import Episode
 from metatutor.files import decoding, replacing
@@ -143,8 +143,10 @@ class Learner(Described, nn.Module, ABC):
         episode, names = task_of(support_images, support_labels, query_images)
         dtype = next((p.dtype for p in self.parameters()), torch.float32)
         with evaluating(self):
-            answers = self(episode.to(self.device, dtype))[0].argmax(-1)
-        return [names[i] for i in answers.tolist()]
+            logits = self(episode.to(self.device, dtype))[0]
+        if logits.shape[-1] != len(names):
+            raise ValueError(f"there are {len(names)} classes but {logits.shape[-1]} logits; the network needs a head")
+        return [names[i] for i in logits.argmax(-1).tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
         """The same method with other arguments, but the same network and learned state, in evaluation mode.
@@ -156,16 +158,20 @@ class Learner(Described, nn.Module, ABC):
         load_parameters(made, self.state_dict(), "the learner")
         return made.eval()
 
-    def save(self, path: Path | str) -> None:
-        """Write parameters and arguments (not the loss) to a file that `metatutor.load` reads: safetensors, no
-        pickle."""
+    def description(self) -> dict[str, list[Any]]:
+        """The names and arguments of its class and of its network's: what a file or a checkpoint says about it."""
         about = {"learner": [type(self).__name__, self.arguments]}
         if isinstance(network := getattr(self, "network", None), Network):
             about["network"] = [type(network).__name__, network.arguments]
+        return about
+
+    def save(self, path: Path | str) -> None:
+        """Write parameters and arguments (not the loss) to a file that `metatutor.load` reads: safetensors, no
+        pickle."""
         learned = {n: t for n, t in self.state_dict().items() if not n.startswith(("loss.", "inner_loss."))}
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in learned.items()}
         with replacing(Path(path)) as temporary:
-            temporary.write_bytes(save(tensors, {"metatutor": json.dumps(about)}))
+            temporary.write_bytes(save(tensors, {"metatutor": json.dumps(self.description())}))
 
 
 @contextmanager
@@ -288,6 +294,17 @@ class NetworkLearner(Learner):
         parameters."""
         return functional_call(self.network, parameters, images)
 
+    def check_outputs(self, n_outputs: int, episode: Episode) -> None:
+        """Raise a `ValueError` if an episode has another number of ways than a network has outputs."""
+        if n_outputs == episode.n_way:
+            return
+        if episode.support_labels.is_floating_point():
+            raise ValueError(f"the network has {n_outputs} outputs but targets have {episode.n_way} numbers each")
+        instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
+        if isinstance(self.network, Backbone):
+            instead = "give one with that many, or name its last layer with backbone(network, head=its name)"
+        raise ValueError(f"the network has {n_outputs} outputs but the episode is {episode.n_way}-way; {instead}")
+
     def support_losses(
         self, episode: Episode, parameters: Parameters, loss: Loss | None = None
     ) -> Float[Tensor, " task"]:
@@ -295,7 +312,10 @@ class NetworkLearner(Learner):
         of_outputs = self.loss if loss is None else loss
 
         def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:
-            return of_outputs(self.call_network(own, images), labels)
+            outputs = self.call_network(own, images)
+            if of_outputs is task_loss:  # another may want other outputs
+                self.check_outputs(outputs.shape[-1], episode)
+            return of_outputs(outputs, labels)
 
         return self.map_tasks(of_task, parameters, episode.support_images, episode.support_labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.files import decoding, replacing
+from metatutor.functional import TaskMap
 from metatutor.learner import Learner, computing, load_parameters
 
 HISTORY_FIELDS: tuple[str, ...] = ("iteration", "seconds", "meta_loss", "train_accuracy", "validation_accuracy")
@@ -174,7 +176,7 @@ def train(
     make = partial(_OPTIMIZERS[config.optimizer], lr=config.outer_lr, weight_decay=config.weight_decay)
     descent = (optimizer or make)(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(descent, schedule or partial(_rate, config=config))
-    state = _State(learner, descent, scheduler, sampler, config)
+    state = _State(learner, spec, descent, scheduler, sampler, config)
     checkpoint = None if folder is None else Path(folder) / CHECKPOINT
     with torch.random.fork_rng(), _stop_flag() as stop, computing(learner):
         torch.manual_seed(config.seed)
@@ -265,6 +267,7 @@ class _State:
     """Everything that a resumed run must restore, and how it changes."""
 
     learner: Learner
+    spec: EpisodeSpec
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     sampler: Any
@@ -334,11 +337,22 @@ class _State:
             self.best = {name: tensor.clone() for name, tensor in learner.state_dict().items()}
         return row
 
+    def map_tasks(self) -> TaskMap:
+        """How the learner applies its network to tasks; whether `vmap` has failed changes the size of its chunks."""
+        return getattr(self.learner, "map_tasks", TaskMap())
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the one before."""
+        learner = json.dumps(self.learner.description(), default=lambda value: type(value).__name__)
+        others = {"learner": learner, "shape of tasks": asdict(self.spec), "optimizer": type(self.optimizer).__name__}
+        return asdict(self.config) | others
+
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
         state = {name: getattr(self, name).state_dict() for name in _PARTS}
-        state |= {"config": asdict(self.config), "torch": torch.get_rng_state()}
+        state |= {"config": self.settings(), "torch": torch.get_rng_state()}
         state["progress"] = {name: getattr(self, name) for name in _PROGRESS}
+        state["side_by_side"] = self.map_tasks().side_by_side
         with replacing(path) as temporary:
             torch.save(state, temporary)
 
@@ -351,7 +365,8 @@ class _State:
             state = torch.load(path, map_location="cpu", weights_only=True)
             config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
             random, parts = state["torch"], {name: state[name] for name in _PARTS[1:]}
-        changed = [k for k, v in asdict(self.config).items() if k not in MAY_CHANGE and config.get(k) != v]
+            side_by_side = state["side_by_side"]
+        changed = [k for k, v in self.settings().items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}; delete it or choose another folder"
@@ -361,6 +376,7 @@ class _State:
             for name, part in parts.items():
                 getattr(self, name).load_state_dict(part)
             torch.set_rng_state(random)
+            self.map_tasks().side_by_side = side_by_side
             vars(self).update({name: progress[name] for name in _PROGRESS})
 
 

@@ -171,7 +171,7 @@ def test_without_a_last_layer_one_sentence(options: dict[str, Any]):
 
 def test_a_wrong_guess_of_the_last_layer_can_be_put_right(random_episode: Episodes):
     message = (
-        "the network has 5 outputs but the episode is 3-way; MAML adapts one head, so give one with that many, or "
+        "the network has 5 outputs but the episode is 3-way; give one with that many, or "
         "name its last layer with backbone(network, head=its name)"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -11,10 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metatutor
-from metatutor import MAML, MANN, SNAIL, ConvNet, NearestPixels, Pixels, Prototypical, Relation, Reptile, backbone, load
+from metatutor import (
+    MAML,
+    MANN,
+    SNAIL,
+    ConvNet,
+    NearestPixels,
+    Pixels,
+    Prototypical,
+    Relation,
+    Reptile,
+    Scratch,
+    backbone,
+    load,
+)
 from metatutor.episodes import Episode
 from metatutor.learner import Learner, NetworkLearner
 
@@ -75,8 +89,21 @@ def test_pictures_that_cannot_be_taken(given: Any, message: str):
 def test_labels_that_do_not_fit():
     with pytest.raises(ValueError, match="^3 support images but 2 labels; give one label per image$"):
         NearestPixels().predict(PICTURES, "ab", PICTURES)
-    with pytest.raises(ValueError, match="^the network has 5 outputs but the episode is 3-way; MAML adapts one head"):
+    with pytest.raises(ValueError, match="^the network has 5 outputs but the episode is 3-way; build ConvNet"):
         MAML(ConvNet(5, filters=4)).predict(PICTURES, "abc", PICTURES)
+
+
+def test_a_network_without_a_head_adapts_to_no_classes():
+    headless = MAML(ConvNet(filters=4))
+    for answer in (headless.predict, Scratch(ConvNet(filters=4)).predict):
+        with pytest.raises(ValueError, match="^the network has 16 outputs but the episode is 3-way; build ConvNet"):
+            answer(PICTURES, "abc", PICTURES)
+    with pytest.raises(ValueError, match="^the network has 16 outputs but the episode is 2-way; build ConvNet"):
+        images, labels = torch.rand(1, 2, 1, 28, 28), torch.tensor([[0, 1]])
+        headless.meta_loss(Episode(images, labels, images, labels))
+    own_loss = MAML(ConvNet(filters=4), loss=lambda outputs, labels: F.cross_entropy(outputs, labels))
+    with pytest.raises(ValueError, match="^there are 3 classes but 16 logits; the network needs a head$"):
+        own_loss.predict(PICTURES, "abc", PICTURES)
 
 
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28)])

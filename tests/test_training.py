@@ -599,6 +599,22 @@ def test_a_resumed_run_of_plain_descent_too(tmp_path: Path):
     assert not same_weights(adam, whole)
 
 
+@pytest.mark.filterwarnings("ignore:tasks are computed one by one")
+def test_a_resumed_run_computes_tasks_as_before_where_vmap_fails(tmp_path: Path):
+    """Running statistics change with the size of the chunks, which is another after the first failure."""
+
+    def learner() -> MAML:
+        torch.manual_seed(0)
+        return MAML(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)))
+
+    whole, cut, resumed = learner(), learner(), learner()
+    fit(whole)
+    with pytest.raises(PowerCut):
+        fit(cut, Tampered(sampler(), cut_at(8)), folder=tmp_path)
+    fit(resumed, folder=tmp_path)
+    assert same_weights(resumed, whole)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path: Path):
     learner, again = Line(), Line()
     history = fit(learner, folder=tmp_path, validate=lambda _: 0.5)
@@ -650,14 +666,20 @@ def test_a_crash_while_writing_history_leaves_the_file_before(tmp_path: Path, mo
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path):
     fit(Line(), folder=tmp_path)
     path = tmp_path / CHECKPOINT
-    other = Line(n_pixels=65)
+    other = Line()
+    other.linear = nn.Linear(65, 3)
     message = (
         f"{path} holds another architecture: 'linear.weight' is (3, 64) there and (3, 65) here; "
         "build the learner from the run's own config.json"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         fit(other, folder=tmp_path)
-    assert same_weights(other, Line(n_pixels=65))
+    message = f"{path} was trained with another learner; delete it or choose another folder"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(Line(dropout=0.5), folder=tmp_path)
+    message = f"{path} was trained with another shape of tasks; delete it or choose another folder"
+    with pytest.raises(ValueError, match=exactly(message)):
+        train(Line(), classes(), EpisodeSpec(3, 2, 1), CONFIG, folder=tmp_path, device="cpu")
     message = f"{path} was trained with another outer_lr, seed; delete it or choose another folder"
     learner = Line()
     with pytest.raises(ValueError, match=exactly(message)):
@@ -666,6 +688,8 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path):
     message = f"{path} was trained with another optimizer; delete it or choose another folder"
     with pytest.raises(ValueError, match=exactly(message)):
         fit(learner, config=replace(CONFIG, optimizer="sgd"), folder=tmp_path)
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(learner, folder=tmp_path, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0))
     contents = path.read_bytes()
     torch.save(learner.state_dict(), path)
     weights = path.read_bytes()

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.backbones import Backbone, network_name
+from metatutor.backbones import network_name
 from metatutor.episodes import Episode
 from metatutor.functional import Parameters, gradients_of
 from metatutor.learner import Loss, NetworkLearner
@@ -196,17 +196,8 @@ class AdaptingLearner(NetworkLearner):
 
     def check_ways(self, episode: Episode) -> None:
         """Raise a `ValueError` if an episode does not have as many ways as the network has outputs."""
-        if self.ways in (None, episode.n_way):
-            return
-        if episode.support_labels.is_floating_point():
-            raise ValueError(f"the network has {self.ways} outputs but targets have {episode.n_way} numbers each")
-        instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
-        if isinstance(self.network, Backbone):
-            instead = "give one with that many, or name its last layer with backbone(network, head=its name)"
-        raise ValueError(
-            f"the network has {self.ways} outputs but the episode is {episode.n_way}-way; {type(self).__name__} adapts "
-            f"one head, so {instead}"
-        )
+        if self.ways is not None:
+            self.check_outputs(self.ways, episode)
 
 
 def check_loss(learner: AdaptingLearner) -> None:
