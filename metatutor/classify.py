@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from metatutor.data.images import plain
 from metatutor.data.pictures import picture_of
 from metatutor.episodes import Episode
 from metatutor.files import decoding, replacing
@@ -170,7 +171,8 @@ class FewShotClassifier:
 
     def score(self, images: Iterable[Any], names: Sequence[Hashable]) -> float:
         """The fraction of pictures that are named correctly."""
-        return float((self.predict(images) == np.array(names)).mean())
+        right = [answer == name for answer, name in _paired(self.predict(images).tolist(), names)]
+        return sum(right) / max(1, len(right))
 
     def novel(self, images: Iterable[Any]) -> Bool[np.ndarray, " query"]:
         """Whether a picture is too far from every class: another kind, another camera, another laboratory."""
@@ -248,9 +250,12 @@ class FewShotClassifier:
         tensors |= {"probe": _probe(self.network_)}
         about = {"format": _FORMAT, "backbone": self.backbone_, "head": self.head, "classes": self.classes_.tolist()}
         about |= {"threshold": self.threshold_, "check": asdict(self.check_), "warnings": self.warnings_}
+        try:
+            text = json.dumps(about)
+        except TypeError:
+            raise ValueError("only names that are text, numbers or tuples of these can be saved") from None
         with replacing(Path(path)) as temporary:
-            data = save({n: t.contiguous() for n, t in tensors.items()}, {"classifier": json.dumps(about)})
-            temporary.write_bytes(data)
+            temporary.write_bytes(save({n: t.contiguous() for n, t in tensors.items()}, {"classifier": text}))
 
     @classmethod
     def load(
@@ -273,7 +278,8 @@ class FewShotClassifier:
             check = SupportCheck(**about["check"] | {"confused": tuple(about["check"]["confused"] or ()) or None})
             made = cls(backbone or about["backbone"], about["head"], weights=weights)
             made.head_ = LinearHead(*(tensors[name] for name in ("center", "weights", "bias", "left_out")))
-            made.backbone_, made.classes_ = str(about["backbone"]), np.array(about["classes"])
+            made.backbone_ = str(about["backbone"])
+            made.classes_ = _array([tuple(n) if isinstance(n, list) else n for n in about["classes"]])
             made.support_, made.labels_ = tensors["support"], tensors["labels"]
             made.threshold_, made.warnings_ = float(about["threshold"]), list(about["warnings"])
             made.thumbnails_ = [part.numpy().tobytes() for part in parts]
@@ -319,9 +325,8 @@ def thumbnail(picture: Image.Image) -> bytes:
 
 
 def _paired(images: Iterable[Any], names: Iterable[Hashable]) -> Iterator[tuple[Any, Hashable]]:
-    names = names.tolist() if hasattr(names, "tolist") else names  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield from zip(images, names, strict=True)
+        yield from zip(images, map(plain, names), strict=True)
     except ValueError as error:
         if "zip()" not in str(error):
             raise
@@ -330,11 +335,17 @@ def _paired(images: Iterable[Any], names: Iterable[Hashable]) -> Iterator[tuple[
 
 def _sorted(names: Iterable[Hashable]) -> Shaped[np.ndarray, " way"]:
     """Each name once; kept as objects if of several types, or of a type that arrays do not have."""
-    found: list[Any] = sorted(set(names), key=lambda name: (str(type(name)), name))
-    of_one_kind = len({type(name) for name in found}) == 1 and isinstance(found[0], str | int)
-    array = np.empty(len(found), object)
-    array[:] = found
-    return np.array(found) if of_one_kind else array
+    return _array(sorted(set(names), key=lambda name: (str(type(name)), name)))
+
+
+def _array(names: list[Any]) -> Shaped[np.ndarray, " way"]:
+    of_one_kind = len({type(name) for name in names}) == 1 and isinstance(names[0], str | int)
+    if of_one_kind:
+        return np.array(names)
+    array = np.empty(len(names), object)
+    for i, name in enumerate(names):  # tuples would become a second dimension
+        array[i] = name
+    return array
 
 
 def _warnings_of_kind(network: PictureNetwork, pictures: Sequence[Image.Image]) -> list[str]:

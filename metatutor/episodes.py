@@ -99,6 +99,8 @@ class ClassImages:
             raise ValueError(
                 f"rotations need square images, got {shape[-2]}×{shape[-1]}; resize them or drop rotations"
             )
+        if self.counts is not None and len(self.counts) != len(self.images):
+            raise ValueError(f"{len(self.images)} classes but {len(self.counts)} counts; give one per class")
         if self.counts is not None and not (self.counts.min() >= 1 and self.counts.max() <= shape[1]):
             raise ValueError(
                 f"counts must be from 1 to {shape[1]}, the most images that a class has room for, got {self.counts}"

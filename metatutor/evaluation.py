@@ -117,7 +117,7 @@ def scores(
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
     sizes = [min(tasks_per_batch, n_episodes - start) for start in range(0, n_episodes, tasks_per_batch)]
     with evaluating(learner):
-        episodes = (sampler.sample(size).to(learner.device) for size in sizes)
+        episodes = (learner.taken(sampler.sample(size)) for size in sizes)
         return torch.cat([learner.measure(episode, stream=stream).cpu().double() for episode in episodes])
 
 
@@ -178,7 +178,7 @@ def evaluate(
 
 def is_transductive(learner: Learner, episode: Episode) -> bool:
     """Whether a learner's answers for the first query image of an episode's first task change when the others do."""
-    task = episode.task(0).to(learner.device)
+    task = learner.taken(episode.task(0))
     others = task.query_images.clone()
     others[:, 1:] = others[:, 1:].flip(1, -1) + 0.5
     with evaluating(learner):

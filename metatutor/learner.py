@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,6 +121,10 @@ class Learner(Described, nn.Module, ABC):
         """The device it computes on."""
         return next((tensor.device for tensor in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
+    def taken(self, episode: Episode) -> Episode:
+        """The episode on its device and in the precision of its parameters, 32 bits if it has none."""
+        return episode.to(self.device, next((p.dtype for p in self.parameters()), torch.float32))
+
     def predict(
         self, support_images: Any, support_labels: Sequence[Hashable] | Tensor, query_images: Any
     ) -> list[Hashable]:
@@ -141,20 +146,22 @@ class Learner(Described, nn.Module, ABC):
             ['b', 'b', 'a']
         """
         episode, names = task_of(support_images, support_labels, query_images)
-        dtype = next((p.dtype for p in self.parameters()), torch.float32)
         with evaluating(self):
-            logits = self(episode.to(self.device, dtype))[0]
+            logits = self(self.taken(episode))[0]
         if logits.shape[-1] != len(names):
             raise ValueError(f"there are {len(names)} classes but {logits.shape[-1]} logits; the network needs a head")
         return [names[i] for i in logits.argmax(-1).tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
-        """The same method with other arguments, but the same network and learned state, in evaluation mode.
+        """The same method with other arguments, but the same network, losses and learned state, in evaluation mode.
 
         A ValueError says so if what was learned does not fit the new arguments.
         """
-        network = {"network": self.network} if hasattr(self, "network") else {}
-        made = type(self)(**network, **(self.arguments | changes))
+        taken = signature(type(self).__init__).parameters
+        kept = {n: getattr(self, n) for n in ("network", "loss", "inner_loss") if n in taken and hasattr(self, n)}
+        if kept.get("inner_loss") is getattr(self, "loss", None):
+            kept.pop("inner_loss", None)  # what the inner loop minimises by default
+        made = type(self)(**(kept | self.arguments | changes))
         load_parameters(made, self.state_dict(), "the learner")
         return made.eval()
 
@@ -215,8 +222,11 @@ def load(path: Path | str, network: nn.Module | None = None) -> Learner:
     with decoding(f"{path} is not a file that learner.save wrote"), safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})["metatutor"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if network is None and "network" in about:
-        network = _exported(path, *about["network"])
+    name, arguments = about.get("network", ("", {}))
+    if network is None and name:
+        network = _exported(path, name, arguments)
+    elif network is not None and name == "Backbone":
+        network = backbone(network, **arguments)
     learner = _exported(path, *about["learner"], **({} if network is None else {"network": network}))
     load_parameters(learner, tensors, path)
     return learner.eval()
@@ -310,6 +320,8 @@ class NetworkLearner(Learner):
     ) -> Float[Tensor, " task"]:
         """Each task's loss on its support set: what gradient descent on a task minimises."""
         of_outputs = self.loss if loss is None else loss
+        if torch.is_inference_mode_enabled():
+            raise ValueError("adapting needs gradients, which torch.inference_mode() rules out; use torch.no_grad()")
 
         def of_task(own: Parameters, images: Tensor, labels: Tensor) -> Tensor:
             outputs = self.call_network(own, images)

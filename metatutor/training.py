@@ -173,6 +173,8 @@ def train(
     sampler = draw(spec, seed=config.seed)
     learner.to(place)
     parameters: list[Tensor] = list(learner.meta_parameters().values())
+    if not parameters:
+        raise ValueError(f"{type(learner).__name__} has no parameter to train; unfreeze some, or evaluate it as it is")
     make = partial(_OPTIMIZERS[config.optimizer], lr=config.outer_lr, weight_decay=config.weight_decay)
     descent = (optimizer or make)(parameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(descent, schedule or partial(_rate, config=config))
@@ -191,7 +193,7 @@ def train(
         with tqdm(total=config.iterations, initial=state.iteration, disable=hidden, unit="step") as bar:
             while not state.finished():
                 learner.train()
-                episode = sampler.sample(config.tasks_per_step).tasks(share).to(place)
+                episode = learner.taken(sampler.sample(config.tasks_per_step).tasks(share))
                 episode = transform(episode) if transform else episode
                 loss = state.step(episode, accelerator)
                 if not math.isfinite(loss):

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -84,10 +85,27 @@ def test_numbers_arrays_and_paths(tmp_path: Path, support: tuple[list[Image.Imag
     assert classifier.predict([tmp_path / "a.png", torch.from_numpy(arrays[0] / 255)]).tolist() == [numbers[0]] * 2
 
 
-def test_names_of_any_kind(support: tuple[list[Image.Image], list[str]]):
+def test_names_of_any_kind(tmp_path: Path, support: tuple[list[Image.Image], list[str]]):
     kinds = dict(zip(SHAPES, [1, "1", ("a", 2)], strict=True))
     classifier = FewShotClassifier().fit(support[0], [kinds[name] for name in support[1]])
     assert classifier.predict(support[0][::4]).tolist() == [1, "1", ("a", 2)]
+    classifier.save(tmp_path / "kinds.safetensors")
+    again = FewShotClassifier.load(tmp_path / "kinds.safetensors")
+    assert again.predict(support[0][::4]).tolist() == [1, "1", ("a", 2)]
+    assert again.score(support[0][::4], [1, "1", "a"]) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="^there are not as many names as pictures"):
+        again.score(support[0][::4], ["1"])
+
+
+def test_names_that_come_as_numbers_of_numpy_or_torch(tmp_path: Path, support: tuple[list[Image.Image], list[str]]):
+    numbers = np.arange(3).repeat(4)
+    for names in (numbers, list(numbers), list(torch.from_numpy(numbers))):
+        classifier = FewShotClassifier().fit(support[0], names)
+        classifier.save(tmp_path / "numbers.safetensors")
+        assert FewShotClassifier.load(tmp_path / "numbers.safetensors").classes_.tolist() == [0, 1, 2]
+    classifier = FewShotClassifier().fit(support[0], [date(2026, 1, 1 + number) for number in numbers])
+    with pytest.raises(ValueError, match="^only names that are text, numbers or tuples of these can be saved$"):
+        classifier.save(tmp_path / "dates.safetensors")
 
 
 def test_answers_do_not_depend_on_the_other_pictures(fitted: FewShotClassifier):

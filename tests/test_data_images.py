@@ -39,6 +39,40 @@ def test_datasets_of_pictures_tensors_and_arrays():
     assert (from_dataset(pairs, image_size=10).images[1, 0, 0] == torch.from_numpy(grey)).all()
     with pytest.raises(ValueError, match="^the dataset is empty$"):
         from_dataset([])
+    with pytest.raises(ValueError, match="^images have 1 to 4 channels, .*, got 5$"):
+        from_dataset([(torch.zeros(5, 6, 6), "a")])
+
+
+def test_labels_that_come_as_tensors_of_one_number():
+    labels = torch.tensor([7, 3, 7, 7, 3])
+    for given in (labels, list(labels), list(labels.numpy())):
+        assert from_arrays(PIXELS, given).names == ("7", "3")
+    dataset = torch.utils.data.TensorDataset(PIXELS[:, None], labels)
+    assert from_dataset(dataset, image_size=8).names == ("7", "3")
+    with pytest.raises(ValueError, match=r"for one-hot labels give labels.argmax\(1\)$"):
+        from_arrays(PIXELS, torch.eye(5))
+
+
+def test_a_picture_is_the_same_from_a_dataset_as_from_a_folder(tmp_path: Path):
+    """Of sixteen bits, of real numbers, transparent: nothing is cut off, and what is transparent is white."""
+    ramp = np.linspace(0, 1, 64).reshape(8, 8)
+    transparent = np.zeros((8, 8, 4), np.uint8)
+    transparent[:4] = (255, 0, 0, 255)
+    pictures = {
+        "sixteen bits": Image.fromarray((60000 * ramp).astype(np.uint16)),
+        "real": Image.fromarray(ramp.astype(np.float32)),
+        "transparent": Image.fromarray(transparent),
+    }
+    for name, picture in pictures.items():
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "0.tiff")
+    for channels in (1, 3):
+        expected = from_folder(tmp_path, image_size=8, channels=channels)
+        pairs = [(pictures[name], name) for name in expected.names]
+        assert torch.equal(from_dataset(pairs, image_size=8, channels=channels).images, expected.images)
+    assert expected.images[expected.names.index("transparent"), 0, :, ::7, 0].T.tolist() == [[255, 0, 0], [255] * 3]
+    tensors = from_dataset([(torch.from_numpy(transparent).movedim(-1, 0), "a")], image_size=8, channels=3)
+    assert tensors.images[0, 0, :, ::7, 0].T.tolist() == [[255, 0, 0], [255] * 3]
 
 
 def test_a_folder_for_each_class(tmp_path: Path):

@@ -260,6 +260,12 @@ def test_images_beyond_a_classs_own_are_never_drawn():
         EpisodeSampler(classes, EpisodeSpec(3, 1, 3))
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_as_many_counts_as_classes():
+    with pytest.raises(ValueError, match=exactly("4 classes but 2 counts; give one per class")):
+        ClassImages(numbered(4, 8).images, list("abcd"), counts=torch.tensor([3, 5]))
+
+
 # --- rotations -------------------------------------------------------------------------------------------------
 
 

@@ -20,15 +20,20 @@ from metatutor import (
     MANN,
     SNAIL,
     ConvNet,
+    EpisodeSpec,
     NearestPixels,
     Pixels,
     Prototypical,
     Relation,
     Reptile,
     Scratch,
+    TrainConfig,
     backbone,
+    evaluate,
     load,
+    train,
 )
+from metatutor.data.images import from_arrays
 from metatutor.episodes import Episode
 from metatutor.learner import Learner, NetworkLearner
 
@@ -163,6 +168,54 @@ def test_a_network_of_ones_own_is_given_to_load(tmp_path: Path):
     assert torch.equal(answers(load(path, backbone(network(), head="3"))), answers(learner))
     with pytest.raises(ValueError, match=r"holds another architecture: 'network\.module\.1\.bias' is"):
         load(path, nn.Sequential(nn.Flatten(), nn.Linear(784, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)))
+
+
+class TwoHeads(nn.Module):
+    """The layer that answers is not the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.classifier, self.other = nn.Linear(784, 3), nn.Linear(784, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(images.flatten(1)) + 0 * self.other(images.flatten(1))
+
+
+def test_load_knows_which_layer_of_ones_own_network_was_the_last(tmp_path: Path):
+    learner = MAML(backbone(TwoHeads(), head="classifier"), adapt="head")
+    learner.save(tmp_path / "two.safetensors")
+    for network in (TwoHeads(), backbone(TwoHeads(), head="classifier")):
+        again = load(tmp_path / "two.safetensors", network=network)
+        assert again.moving == ["module.classifier.weight", "module.classifier.bias"]
+        assert again.predict(PICTURES, "abc", PICTURES) == learner.predict(PICTURES, "abc", PICTURES)
+
+
+def test_other_arguments_but_the_same_losses():
+    def half(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels) / 2
+
+    learner = MAML(ConvNet(3, filters=4), inner_loss=half).with_arguments(inner_lr=0.2)
+    assert learner.inner_loss is half and learner.loss is not half
+    learner = MAML(ConvNet(3, filters=4), loss=half).with_arguments(inner_lr=0.2)
+    assert learner.inner_loss is half and learner.loss is half
+    learner = MAML(ConvNet(3, filters=4), loss=half).with_arguments(loss=F.cross_entropy)
+    assert learner.inner_loss is F.cross_entropy and learner.loss is F.cross_entropy
+
+
+def test_a_learner_of_another_precision_is_evaluated_and_trained():
+    classes = from_arrays(torch.rand(9, 28, 28), list("abcabcabc"))
+    learner = MAML(ConvNet(3, filters=4)).double()
+    evaluate(learner, classes, EpisodeSpec(3, 1, 1), n_episodes=2)
+    train(learner, classes, EpisodeSpec(3, 1, 1), TrainConfig(iterations=1), device="cpu", progress_bar=False)
+
+
+def test_adapting_where_no_gradients_are_allowed():
+    for learner in (MAML(ConvNet(3, filters=4)), Scratch(ConvNet(3, filters=4))):
+        with (
+            torch.inference_mode(),
+            pytest.raises(ValueError, match=r"^adapting needs gradients, which .* rules out; use torch.no_grad\(\)$"),
+        ):
+            learner.predict(PICTURES, "abc", PICTURES)
 
 
 def test_tied_parameters_are_saved(tmp_path: Path):

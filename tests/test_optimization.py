@@ -378,9 +378,7 @@ def test_twenty_steps_go_where_they_went(
 @of_every_method
 def test_another_number_of_ways(random_episode: Episodes, method: str):
     learner = small(method)
-    message = (
-        "the network has 3 outputs but the episode is 4-way; build ConvNet(n_outputs=4) and train it"
-    )
+    message = "the network has 3 outputs but the episode is 4-way; build ConvNet(n_outputs=4) and train it"
     assert learner.ways == 3
     for refused in (learner.forward, learner.meta_loss, learner.adapt, learner.adaptation_path):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import random
 import re
@@ -23,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 import metatutor
-from metatutor.backbones import ConvNet
+from metatutor.backbones import ConvNet, Pixels
 from metatutor.baselines import NearestPixels, PretrainedCosine
 from metatutor.episodes import ClassImages, Episode, EpisodeSampler, EpisodeSpec
 from metatutor.learner import Learner
+from metatutor.memory import MANN
 from metatutor.metric import Prototypical
 from metatutor.optimization import MAML, Reptile
 from metatutor.training import (
@@ -371,6 +373,19 @@ def test_clip_norm_none_clips_nothing():
     config = replace(CONFIG, iterations=1, warmup=0, outer_lr=1.0, clip_norm=None, optimizer="sgd")
     fit(learner, InDoublePrecision(sampler()), config)
     assert start - learner.linear.weight[0, 0].item() == pytest.approx(1e3, rel=1e-12)
+
+
+def test_there_is_something_to_train():
+    learner = Line()
+    learner.requires_grad_(False)
+    with pytest.raises(ValueError, match="^Line has no parameter to train; unfreeze some, or evaluate it as it is$"):
+        fit(learner)
+
+
+def test_a_memory_can_be_trained_in_bfloat16():
+    config = replace(CONFIG, iterations=1, precision="bfloat16")
+    [row] = fit(MANN(Pixels(5), n_way=3, slots=8, width=6, hidden_size=16), config=config)
+    assert row["meta_loss"] == pytest.approx(math.log(3), abs=0.3)
 
 
 def test_the_loss_can_be_computed_in_bfloat16():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metatutor.data.pictures import PictureFiles, picture_of
+from metatutor.data.pictures import PictureFiles, picture_of, upright
 from metatutor.episodes import ClassImages, Episode
 
 
@@ -35,7 +35,7 @@ def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages
     return ClassImages(by_class, tuple(map(str, names)), counts=counts)
 
 
-def from_dataset(dataset: Iterable[tuple[Any, Hashable]], *, image_size: int = 28, channels: int = 1) -> ClassImages:
+def from_dataset(dataset: Any, *, image_size: int = 28, channels: int = 1) -> ClassImages:
     """Classes from any dataset of `(image, label)` pairs, such as those of torchvision.
 
     Args:
@@ -64,12 +64,17 @@ def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) 
 def _resized(image: Any, size: int, channels: int) -> Tensor:
     """`[channel, size, size]`, floats from 0 to 1."""
     if hasattr(image, "convert"):  # a PIL image
-        array = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))
+        array = torch.from_numpy(np.array(upright(image).convert("RGB" if channels == 3 else "L")))
         image = array.movedim(-1, 0) if channels == 3 else array
     tensor = torch.as_tensor(image)
     tensor = pixels(tensor[None] if tensor.dim() == 3 else tensor[None, None], "images", strokes=False)
+    if tensor.shape[1] in (2, 4):  # the last is opacity; transparent parts become white, as in files
+        colours, opacity = tensor[:, :-1], tensor[:, -1:]
+        tensor = 1 - opacity + opacity * colours
+    if tensor.shape[1] not in (1, 3):
+        raise ValueError(f"images have 1 to 4 channels, grey or colours and perhaps opacity, got {len(tensor[0])}")
     if tensor.shape[1] != channels:
-        tensor = tensor[:, :3].mean(1, keepdim=True).expand(-1, channels, -1, -1)
+        tensor = tensor.mean(1, keepdim=True).expand(-1, channels, -1, -1)
     if tensor.shape[2:] != (size, size):
         resize = torch.nn.functional.interpolate
         tensor = resize(tensor, (size, size), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
@@ -85,11 +90,18 @@ def task_of(
     return Episode(support[None], labels[None], query[None], n_way=len(names)), names
 
 
+def plain(label: Any) -> Any:
+    """A label that arrives as a tensor or array as what it holds: tensors of equal numbers are not equal labels."""
+    return label.tolist() if hasattr(label, "tolist") else label
+
+
 def _numbered(labels: Any, n_images: int, of: str) -> tuple[Tensor, list[Hashable]]:
     """Labels of any kind as numbers, and the label that each number stands for."""
-    given = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    given = list(map(plain, labels))
     if len(given) != n_images:
         raise ValueError(f"{n_images} {of} but {len(given)} labels; give one label per image")
+    if not all(isinstance(label, Hashable) for label in given):
+        raise ValueError("a label is one name or number per image; for one-hot labels give labels.argmax(1)")
     names = list(dict.fromkeys(given))
     return torch.tensor([names.index(label) for label in given]), names
 

@@ -135,7 +135,8 @@ class MANN(StreamLearner):
         read_weights = similarity.softmax(-1)
         read = read_weights @ before.matrix
         unused = least_used(before.usage, heads)
-        write_weights = torch.lerp(unused, before.read_weights, gates.sigmoid()[..., None])
+        gate = gates.sigmoid()[..., None].to(unused)
+        write_weights = torch.lerp(unused, before.read_weights.to(unused), gate)
         matrix = write(before.matrix, unused, write_weights, keys)
         usage = self.usage_decay * before.usage + (read_weights + write_weights).sum(1)
         answer = self.out(torch.cat([h, read.flatten(1)], dim=1))
