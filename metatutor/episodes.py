@@ -203,6 +203,11 @@ class Episode:
             raise ValueError(
                 f"{len(self.support_images)} tasks of support images but {len(self.query_images)} of query images"
             )
+        support, query = self.support_images.shape[2:], self.query_images.shape[2:]
+        if support != query:
+            raise ValueError(
+                f"support images are {list(support)} but query images {list(query)}; give both in one size"
+            )
 
     @classmethod
     def unchecked(cls, *tensors: Tensor, n_way: int) -> Episode:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metatutor.checks import check_sizes
 from metatutor.episodes import Episode, EpisodeSpec
 from metatutor.learner import Learner, computing, evaluating
 
@@ -113,6 +114,7 @@ def scores(
     regressions. `tasks_per_batch` tasks are answered side by side, which does not change the result, except for
     rounding.
     """
+    check_sizes(tasks_per_batch=tasks_per_batch)
     if stream and not learner.reads_streams:
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
     sizes = [min(tasks_per_batch, n_episodes - start) for start in range(0, n_episodes, tasks_per_batch)]

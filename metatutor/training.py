@@ -240,6 +240,14 @@ def accumulate(
     return total
 
 
+def _number(accuracy: Any) -> float:
+    try:
+        return float(accuracy)
+    except (TypeError, ValueError):
+        kind = type(accuracy).__name__
+        raise ValueError(f"validate must return a number, such as evaluate(…).accuracy, got {kind}") from None
+
+
 def _rate(iteration: int, config: TrainConfig) -> float:
     """The learning rate of an iteration as a fraction of `outer_lr`."""
     warm = min(1.0, (iteration + 1) / config.warmup) if config.warmup else 1.0
@@ -331,7 +339,7 @@ class _State:
             "seconds": round(self.seconds, 2),
             "meta_loss": self.loss_sum / (self.iteration - before),
             "train_accuracy": accuracy,
-            "validation_accuracy": math.nan if validate is None else validate(learner),
+            "validation_accuracy": math.nan if validate is None else _number(validate(learner)),
         }
         self.history.append(row)
         self.loss_sum = 0.0

@@ -98,6 +98,12 @@ def test_labels_that_do_not_fit():
         MAML(ConvNet(5, filters=4)).predict(PICTURES, "abc", PICTURES)
 
 
+@pytest.mark.usefixtures("unchecked_types")
+def test_support_and_query_of_two_sizes():
+    with pytest.raises(ValueError, match=r"^support images are \[1, 28, 28\] but query images \[1, 20, 20\]; give"):
+        NearestPixels().predict(PICTURES, "abc", PICTURES[..., 4:24, 4:24])
+
+
 def test_a_network_without_a_head_adapts_to_no_classes():
     headless = MAML(ConvNet(filters=4))
     for answer in (headless.predict, Scratch(ConvNet(filters=4)).predict):

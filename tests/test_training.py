@@ -382,6 +382,12 @@ def test_there_is_something_to_train():
         fit(learner)
 
 
+def test_validation_is_a_number():
+    with pytest.raises(ValueError, match=r"^validate must return a number, such as evaluate\(…\).accuracy, got list$"):
+        fit(Line(), validate=lambda _: [0.5])
+    assert fit(Line(), validate=lambda _: cast(Any, torch.tensor(0.5)))[0]["validation_accuracy"] == 0.5
+
+
 def test_a_memory_can_be_trained_in_bfloat16():
     config = replace(CONFIG, iterations=1, precision="bfloat16")
     [row] = fit(MANN(Pixels(5), n_way=3, slots=8, width=6, hidden_size=16), config=config)
