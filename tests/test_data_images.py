@@ -85,6 +85,8 @@ def test_a_folder_for_each_class(tmp_path: Path):
     assert classes.names == ("bars", "cups")
     assert classes.counts is not None and classes.counts.tolist() == [3, 2]
     assert classes.images[0, 2, :, 0, 0].tolist() == [20, 0, 200]
+    turned = from_folder(tmp_path, image_size=12, channels=3, invert=True)
+    assert torch.equal(turned.images[1, :2], 255 - classes.images[1, :2])
     path = tmp_path / "cups" / "notes.txt"
     path.write_text("not a picture")
     with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(path))} as an image"):

@@ -35,22 +35,24 @@ def from_arrays(images: Any, labels: Sequence[Hashable] | Tensor) -> ClassImages
     return ClassImages(by_class, tuple(map(str, names)), counts=counts)
 
 
-def from_dataset(dataset: Any, *, image_size: int = 28, channels: int = 1) -> ClassImages:
+def from_dataset(dataset: Any, *, image_size: int = 28, channels: int = 1, invert: bool = False) -> ClassImages:
     """Classes from any dataset of `(image, label)` pairs, such as those of torchvision.
 
     Args:
         dataset: its images are PIL images, tensors `[channel, height, width]` or arrays `[height, width]`.
         image_size: height and width in pixels that they are resized to.
         channels: 1 for grey levels, 3 for colours.
+        invert: whether to make white black and black white, as dark strokes on white paper want it.
     """
     pairs = [(_resized(image, image_size, channels), label) for image, label in dataset]
     if not pairs:
         raise ValueError("the dataset is empty")
-    return from_arrays(torch.stack([image for image, _ in pairs]), [label for _, label in pairs])
+    images = torch.stack([image for image, _ in pairs])
+    return from_arrays(1 - images if invert else images, [label for _, label in pairs])
 
 
-def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) -> ClassImages:
-    """Classes from image files: each sub-folder of `folder` is a class named after it; resized as in `from_dataset`.
+def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1, invert: bool = False) -> ClassImages:
+    """Classes from image files: each sub-folder of `folder` is a class named after it; the rest as in `from_dataset`.
 
     Any file that Pillow can open will do (see `decoded`); a ValueError names the first that it cannot.
     """
@@ -58,7 +60,7 @@ def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1) 
     if not files:
         raise ValueError(f"{folder} holds no images; put those of each class into a folder of its own there")
     pairs = ((picture_of(path), name) for path, name in files)
-    return from_dataset(pairs, image_size=image_size, channels=channels)
+    return from_dataset(pairs, image_size=image_size, channels=channels, invert=invert)
 
 
 def _resized(image: Any, size: int, channels: int) -> Tensor:
@@ -137,7 +139,8 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
     without_greys = ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
     if strokes and tensor.shape[1] == 1 and without_greys and tensor.mean() > 0.7:
         raise ValueError(
-            f"{name} look like dark strokes on white paper, but here 0 is paper and 1 is ink; give 1 - images"
+            f"{name} look like dark strokes on white paper, but here 0 is paper and 1 is ink; give 1 - images, or "
+            "invert=True where they are read from a folder or a dataset"
         )
     return tensor
 
