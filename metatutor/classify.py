@@ -383,7 +383,7 @@ def _probe(network: PictureNetwork) -> Float[Tensor, " embedding"]:
 def _answered(learner: Learner, support: Any, labels: Tensor, query: Tensor, n_way: int) -> Float[Tensor, "n way"]:
     episode = Episode(support[None], labels[None], query[None], n_way=n_way)
     with evaluating(learner), computing(learner):
-        return learner(episode.to(learner.device))[0].cpu().float()
+        return learner(learner.taken(episode))[0].cpu().float()
 
 
 def _left_out(learner: Learner, support: Any, labels: Tensor, n_way: int) -> Float[Tensor, "n way"]:

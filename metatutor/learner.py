@@ -149,7 +149,9 @@ class Learner(Described, nn.Module, ABC):
         with evaluating(self):
             logits = self(self.taken(episode))[0]
         if logits.shape[-1] != len(names):
-            raise ValueError(f"there are {len(names)} classes but {logits.shape[-1]} logits; the network needs a head")
+            raise ValueError(
+                f"there are {len(names)} classes but {logits.shape[-1]} outputs; give a network that has {len(names)}"
+            )
         return [names[i] for i in logits.argmax(-1).tolist()]
 
     def with_arguments(self, **changes: Any) -> Any:
@@ -158,10 +160,11 @@ class Learner(Described, nn.Module, ABC):
         A ValueError says so if what was learned does not fit the new arguments.
         """
         taken = signature(type(self).__init__).parameters
-        kept = {n: getattr(self, n) for n in ("network", "loss", "inner_loss") if n in taken and hasattr(self, n)}
+        kept = {n: getattr(self, n) for n in ("loss", "inner_loss") if n in taken and hasattr(self, n)}
         if kept.get("inner_loss") is getattr(self, "loss", None):
             kept.pop("inner_loss", None)  # what the inner loop minimises by default
-        made = type(self)(**(kept | self.arguments | changes))
+        network = {"network": self.network} if hasattr(self, "network") else {}
+        made = type(self)(**(network | kept | self.arguments | changes))
         load_parameters(made, self.state_dict(), "the learner")
         return made.eval()
 
@@ -310,7 +313,7 @@ class NetworkLearner(Learner):
             return
         if episode.support_labels.is_floating_point():
             raise ValueError(f"the network has {n_outputs} outputs but targets have {episode.n_way} numbers each")
-        instead = f"build ConvNet(n_outputs={episode.n_way}) and train it"
+        instead = f"build ConvNet(n_outputs={episode.n_way}){' and train it' if self.learns else ''}"
         if isinstance(self.network, Backbone):
             instead = "give one with that many, or name its last layer with backbone(network, head=its name)"
         raise ValueError(f"the network has {n_outputs} outputs but the episode is {episode.n_way}-way; {instead}")

@@ -243,7 +243,7 @@ def accumulate(
 def _number(accuracy: Any) -> float:
     try:
         return float(accuracy)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         kind = type(accuracy).__name__
         raise ValueError(f"validate must return a number, such as evaluate(…).accuracy, got {kind}") from None
 
@@ -353,9 +353,10 @@ class _State:
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must have in common with the one before."""
-        learner = json.dumps(self.learner.description(), default=lambda value: type(value).__name__)
-        others = {"learner": learner, "shape of tasks": asdict(self.spec), "optimizer": type(self.optimizer).__name__}
-        return asdict(self.config) | others
+        about = self.learner.description()
+        texts = {part: json.dumps(of, default=lambda value: type(value).__name__) for part, of in about.items()}
+        others = {"shape of tasks": asdict(self.spec), "optimizer": type(self.optimizer).__name__}
+        return asdict(self.config) | texts | others
 
     def save(self, path: Path) -> None:
         """Write a checkpoint."""
@@ -375,7 +376,7 @@ class _State:
             state = torch.load(path, map_location="cpu", weights_only=True)
             config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
             random, parts = state["torch"], {name: state[name] for name in _PARTS[1:]}
-            side_by_side = state["side_by_side"]
+            side_by_side = state.get("side_by_side", True)
         changed = [k for k, v in self.settings().items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(

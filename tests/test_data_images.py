@@ -39,13 +39,15 @@ def test_datasets_of_pictures_tensors_and_arrays():
     assert (from_dataset(pairs, image_size=10).images[1, 0, 0] == torch.from_numpy(grey)).all()
     with pytest.raises(ValueError, match="^the dataset is empty$"):
         from_dataset([])
+    with pytest.raises(ValueError, match="^channels must be 1 for grey levels or 3 for colours, got 4$"):
+        from_dataset(pairs, channels=4)
     with pytest.raises(ValueError, match="^images have 1 to 4 channels, .*, got 5$"):
         from_dataset([(torch.zeros(5, 6, 6), "a")])
 
 
 def test_labels_that_come_as_tensors_of_one_number():
     labels = torch.tensor([7, 3, 7, 7, 3])
-    for given in (labels, list(labels), list(labels.numpy())):
+    for given in (labels, list(labels), list(labels.numpy()), labels[:, None], list(labels[:, None])):
         assert from_arrays(PIXELS, given).names == ("7", "3")
     dataset = torch.utils.data.TensorDataset(PIXELS[:, None], labels)
     assert from_dataset(dataset, image_size=8).names == ("7", "3")

@@ -113,7 +113,7 @@ def test_a_network_without_a_head_adapts_to_no_classes():
         images, labels = torch.rand(1, 2, 1, 28, 28), torch.tensor([[0, 1]])
         headless.meta_loss(Episode(images, labels, images, labels))
     own_loss = MAML(ConvNet(filters=4), loss=lambda outputs, labels: F.cross_entropy(outputs, labels))
-    with pytest.raises(ValueError, match="^there are 3 classes but 16 logits; the network needs a head$"):
+    with pytest.raises(ValueError, match="^there are 3 classes but 16 outputs; give a network that has 3$"):
         own_loss.predict(PICTURES, "abc", PICTURES)
 
 

@@ -385,6 +385,8 @@ def test_there_is_something_to_train():
 def test_validation_is_a_number():
     with pytest.raises(ValueError, match=r"^validate must return a number, such as evaluate\(…\).accuracy, got list$"):
         fit(Line(), validate=lambda _: [0.5])
+    with pytest.raises(ValueError, match="^validate must return a number.*, got Tensor$"):
+        fit(Line(), validate=lambda _: cast(Any, torch.ones(2)))
     assert fit(Line(), validate=lambda _: cast(Any, torch.tensor(0.5)))[0]["validation_accuracy"] == 0.5
 
 
@@ -689,12 +691,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path):
     path = tmp_path / CHECKPOINT
     other = Line()
     other.linear = nn.Linear(65, 3)
+    before = other.linear.weight.clone()
     message = (
         f"{path} holds another architecture: 'linear.weight' is (3, 64) there and (3, 65) here; "
         "build the learner from the run's own config.json"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         fit(other, folder=tmp_path)
+    assert torch.equal(other.linear.weight, before)
     message = f"{path} was trained with another learner; delete it or choose another folder"
     with pytest.raises(ValueError, match=exactly(message)):
         fit(Line(dropout=0.5), folder=tmp_path)

@@ -68,6 +68,8 @@ def _resized(image: Any, size: int, channels: int) -> Tensor:
     if hasattr(image, "convert"):  # a PIL image
         array = torch.from_numpy(np.array(upright(image).convert("RGB" if channels == 3 else "L")))
         image = array.movedim(-1, 0) if channels == 3 else array
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 for grey levels or 3 for colours, got {channels}")
     tensor = torch.as_tensor(image)
     tensor = pixels(tensor[None] if tensor.dim() == 3 else tensor[None, None], "images", strokes=False)
     if tensor.shape[1] in (2, 4):  # the last is opacity; transparent parts become white, as in files
@@ -94,7 +96,10 @@ def task_of(
 
 def plain(label: Any) -> Any:
     """A label that arrives as a tensor or array as what it holds: tensors of equal numbers are not equal labels."""
-    return label.tolist() if hasattr(label, "tolist") else label
+    held = label.tolist() if hasattr(label, "tolist") else label
+    while isinstance(held, list) and len(held) == 1:
+        held = held[0]
+    return held
 
 
 def _numbered(labels: Any, n_images: int, of: str) -> tuple[Tensor, list[Hashable]]:
