@@ -376,7 +376,7 @@ class _State:
             state = torch.load(path, map_location="cpu", weights_only=True)
             config, weights, progress = (dict(state[name]) for name in ("config", "learner", "progress"))
             random, parts = state["torch"], {name: state[name] for name in _PARTS[1:]}
-            side_by_side = state.get("side_by_side", True)
+            side_by_side = state["side_by_side"]
         changed = [k for k, v in self.settings().items() if k not in MAY_CHANGE and config.get(k) != v]
         if changed:
             raise ValueError(
