@@ -170,6 +170,11 @@ def test_prints_as_a_cell_of_a_papers_table(accuracy: float, ci95: float, cell: 
     assert str(Evaluation("accuracy", accuracy, ci95, 1000, 5, 1, 15, "random-0/test", 0, "batch", True)) == cell
 
 
+def test_at_least_one_task_at_once(class_images: Classes):
+    with pytest.raises(ValueError, match="^tasks_per_batch must be a positive integer, got 0$"):
+        evaluate(Scripted([12]), class_images(), SPEC, n_episodes=2, tasks_per_batch=0)
+
+
 @pytest.mark.parametrize("n_episodes", [1, 0, -3])
 def test_no_interval_of_fewer_than_two(class_images: Classes, n_episodes: int):
     message = f"n_episodes must be at least 2 for an interval, got {n_episodes}"
