@@ -16,7 +16,7 @@ EXECUTED := build/executed
 SOURCES := $(shell find metatutor results -name '*.py' -o -name '*.html' -o -name '*.css' -o -name '*.js' -o -name '*.json' -o -name '*.safetensors')
 STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.language_info metadata.colab metadata.accelerator metadata.gpuClass cell.metadata.colab cell.metadata.outputId"
 STUDIES ?= comparison lake moved ways transfer classes reinforcement tools recipe splits gaps streams no_convolutions
-BENCHMARKS := $(sort $(filter-out benchmarks/harness.py,$(wildcard benchmarks/[a-z]*.py)))
+BENCHMARKS := $(sort $(filter-out benchmarks/harness.py benchmarks/commits.py,$(wildcard benchmarks/[a-z]*.py)))
 
 export METATUTOR_PRESET ?= fast
 export JUPYTER_PREFER_ENV_PATH := 1

@@ -150,8 +150,8 @@ def train(
     Raises:
         TrainingDivergedError: at the first loss that is not finite.
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after a checkpoint was written.
-        ValueError: if the learner learns nothing, there are too few classes, the device is absent, or the checkpoint in
-            `folder` belongs to another learner or configuration.
+        ValueError: if the learner learns nothing, there are too few classes, the device is absent, the checkpoint in
+            `folder` belongs to another learner or configuration, or the sampler has no state to keep there.
 
     Example:
         >>> from metatutor import MAML, ConvNet, EpisodeSpec, Strokes
@@ -171,6 +171,11 @@ def train(
     share = _share(config.tasks_per_step, accelerator)
     draw = classes.sampler if learner.trains_on == "episodes" else classes.mini_batches
     sampler = draw(spec, seed=config.seed)
+    if folder is not None and not hasattr(sampler, "state_dict"):
+        raise ValueError(
+            f"a run with a folder can continue, which needs the sampler's state, and {type(sampler).__name__} has no "
+            "state_dict; derive it from metatutor.episodes.SeededSampler, or leave out folder"
+        )
     learner.to(place)
     parameters: list[Tensor] = list(learner.meta_parameters().values())
     if not parameters:

@@ -339,6 +339,18 @@ def test_dropout_is_not_recomputed(network: Callable[[], nn.Module]):
     MAML(sequential().append(nn.Dropout(0.0)), recompute=True)
 
 
+def test_dropout_by_a_function_is_not_recomputed_either(random_episode: Episodes):
+    class Drops(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return F.dropout(images, 0.1, self.training)
+
+    episode, learner = random_episode(), drawn(MAML(sequential().insert(0, Drops()), recompute=True))
+    with pytest.raises(ValueError, match="^a recomputed step would have different dropout; leave out recompute"):
+        learner.meta_loss(episode)
+    learner.network.eval()
+    learner.meta_loss(episode).backward()
+
+
 @pytest.mark.parametrize(("build", "fused"), [(Recurrent, False), (with_dropout, True)])
 def test_recurrent_layers_are_computed_without_cudnn(build: Callable[[], nn.Module], fused: bool):
     """Which differentiates them once only, and not at all in evaluation mode; other layers keep it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from timeit import timeit
 from types import ModuleType
 
+import commits
 import harness
 import maml_step
 import mann_stream
@@ -166,3 +167,43 @@ def test_how_threads_wait_does_not_depend_on_the_user(
     with threads.waiting(name):
         assert os.environ.get("OMP_WAIT_POLICY") == policy
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+# --- commits -------------------------------------------------------------------------------------------------------
+
+SLOW_OR_FAST = """import json, sys
+from pathlib import Path
+words = sys.argv[1:]
+setting = words[words.index("--settings") + 1]
+row = {"setting": setting, "implementation": "metatutor", "milliseconds": MS, "ratio": 1.0, "peak_mib": 2 * MS}
+Path(words[words.index("--json") + 1]).write_text(json.dumps([row]))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """Two commits: a step takes 8 ms, then 2."""
+    root = tmp_path / "repository"
+    (root / "benchmarks").mkdir(parents=True)
+    commits.git("init", "--quiet", root=root)
+    for milliseconds in ("8", "2"):
+        (root / "benchmarks/maml_step.py").write_text(SLOW_OR_FAST.replace("MS", milliseconds))
+        commits.git("add", ".", root=root)
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        commits.git(*who, "commit", "--quiet", "-m", milliseconds, root=root)
+    return root
+
+
+def test_commits_are_compared_with_the_first(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = repository.parent / "rows.json"
+    commits.main(("HEAD~1", "HEAD"), ("strided-1q-1s",), turns=2, json_=file, root=repository)
+    before, after = json.loads(file.read_text())
+    assert (before["milliseconds"], before["ratio"], before["peak_mib"]) == (8, 1.0, 16)
+    assert (after["milliseconds"], after["ratio"], after["peak_mib"]) == (2, 0.25, 4)
+    assert before["implementation"] in capsys.readouterr().out
+    assert len(commits.git("worktree", "list", root=repository).splitlines()) == 1, "nothing is left behind"
+
+
+def test_an_unknown_commit_is_refused_in_git_s_words(repository: Path) -> None:
+    with pytest.raises(SystemExit, match="Needed a single revision"):
+        commits.main(("nowhere",), root=repository)

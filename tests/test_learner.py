@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import metatutor
@@ -84,6 +85,12 @@ def test_pictures_are_taken_as_they_come(given: Any):
         ),
         ([PICTURES[0], PICTURES[1, :, :9]], "support_images must all be of one size, got [(1, 9, 28), (1, 28, 28)]"),
         ([], "support_images must all be of one size, got none"),
+        ((65_535 * PICTURES.numpy()).astype(np.uint16), "from 0 to 65535; divide by 65535"),
+        (
+            [Image.fromarray(PICTURES[0, 0].byte().numpy())] * 3,
+            "support_images are PIL images; give numpy.asarray(image) of each, or use FewShotClassifier for them",
+        ),
+        ("abc", "support_images must be tensors or arrays of numbers, got str"),
     ],
 )
 def test_pictures_that_cannot_be_taken(given: Any, message: str):

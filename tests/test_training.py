@@ -944,3 +944,19 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     programs = {"train_slowly": train_slowly, "train_a_share": train_a_share}
     cast(Callable[[Path], None], programs[sys.argv[1]])(Path(sys.argv[2]))
+
+
+def test_a_sampler_that_cannot_go_on_is_refused_before_the_first_step(tmp_path: Path):
+    class Stateless:
+        def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> Any:
+            return self
+
+        def sample(self, n_tasks: int) -> Episode:
+            raise AssertionError("nothing is drawn")
+
+    learner = MAML(ConvNet(5, filters=4))
+    with pytest.raises(
+        ValueError, match="Stateless has no state_dict; derive it from metatutor.episodes.SeededSampler"
+    ):
+        train(learner, Stateless(), EpisodeSpec(5, 1, 1), TrainConfig(1), folder=tmp_path, device="cpu")
+    assert not list(tmp_path.iterdir())

@@ -136,9 +136,10 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
     low, high = tensor.min().item(), tensor.max().item()
     most = 1 if tensor.is_floating_point() or tensor.dtype == torch.bool else 255
     if low < 0 or high > most:
+        by = 65_535 if most == 255 and high > 255 else 255
         raise ValueError(
             f"{name} must be floats from 0 (paper) to 1 (ink) or bytes from 0 to 255, got {tensor.dtype} from {low:g} "
-            f"to {high:g}; divide by 255, or undo the normalisation"
+            f"to {high:g}; divide by {by}, or undo the normalisation"
         )
     tensor = tensor if tensor.is_floating_point() else tensor.float() / most
     without_greys = ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
@@ -152,9 +153,19 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
 
 def _stacked(images: Any, name: str) -> Tensor:
     if isinstance(images, Sequence):
-        parts = [torch.as_tensor(image) for image in images]
+        parts = [_tensor(image, name) for image in images]
         shapes = {tuple(part.shape) for part in parts}
         if len(shapes) != 1:
             raise ValueError(f"{name} must all be of one size, got {sorted(shapes) or 'none'}; resize them")
         return torch.stack(parts)
-    return torch.as_tensor(images)
+    return _tensor(images, name)
+
+
+def _tensor(image: Any, name: str) -> Tensor:
+    if hasattr(image, "convert"):
+        raise ValueError(f"{name} are PIL images; give numpy.asarray(image) of each, or use FewShotClassifier for them")
+    try:
+        tensor = torch.as_tensor(image)
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} must be tensors or arrays of numbers, got {type(image).__name__}: {error}") from None
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor  # of few functions

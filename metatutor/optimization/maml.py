@@ -22,6 +22,8 @@ from metatutor.learner import Loss
 from metatutor.optimization.base import AdaptingLearner
 from metatutor.optimization.chunks import Compiled, tasks_that_fit
 
+_OTHER_DROPOUT = "a recomputed step would have different dropout; leave out recompute or the dropout"
+
 
 class MAML(AdaptingLearner):
     """Adapts a network to each task by gradient descent on its support set, from parameters trained to be adapted.
@@ -105,7 +107,7 @@ class MAML(AdaptingLearner):
         if adapt != "all":
             self.moving = [n for n in self.moving if (n in self.head_names()) == (adapt == "head")]
         if recompute and any(map(_drops_out, self.modules())):
-            raise ValueError("a recomputed step would have different dropout; leave out recompute or the dropout")
+            raise ValueError(_OTHER_DROPOUT)
         self.rates = self._initial_rates()
         if multi_step_iterations:
             self.register_buffer("multi_step_calls", torch.zeros(()))
@@ -174,8 +176,11 @@ class MAML(AdaptingLearner):
         self, episode: Episode, weights: Tensor | None, wanted: Parameters
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Loss, wanted meta-parameters and gradients, by the chain rule from the last step to the first."""
+        chance = _random_state(episode)
         with torch.no_grad():
             path = self.adaptation_path(episode)
+        if not torch.equal(_random_state(episode), chance):
+            raise ValueError(_OTHER_DROPOUT)  # by a function, which no layer shows
         n_steps = len(path) - 1
         others = {n: p for n, p in wanted.items() if not n.startswith("network.")}  # rates, or parameters of a loss
         of_path = {n: torch.zeros_like(p) for n, p in path[-1].items()}  # d loss / d parameters after this step
@@ -220,6 +225,11 @@ class MAML(AdaptingLearner):
                 return [loss, *gradients]
             loss = call_method(self, own, self._weighted_loss, episode, given)
             return [loss, *gradients_of(loss, list(own.values()))]
+
+
+def _random_state(episode: Episode) -> Tensor:
+    device = episode.query_images.device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _added(sums: Parameters, terms: Sequence[Tensor]) -> Parameters:
