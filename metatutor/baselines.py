@@ -224,6 +224,8 @@ class _Pretrained(NetworkLearner):
         for name, parameter in dict(head.named_parameters()).items():
             head.register_parameter(name, nn.Parameter(parameter[:1].detach().clone()))
         self.network.n_outputs = 1
+        if "n_outputs" in self.network.arguments:
+            self.network.arguments["n_outputs"] = 1  # so that what is saved can be built again
 
 
 class PretrainedFinetuned(_Pretrained):

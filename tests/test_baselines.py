@@ -276,13 +276,15 @@ def test_pretraining_teaches_the_classes() -> None:
 
 
 @pytest.mark.parametrize("learner", [PretrainedFinetuned, PretrainedCosine])
-def test_the_recorded_weights_need_no_pretraining_head(learner) -> None:
+def test_the_recorded_weights_need_no_pretraining_head(learner, tmp_path: Path) -> None:
     finished, episode = learner(pretrained()), random_episode()
     before = finished(episode)
     finished.finish()
     loaded = learner(network(n_outputs=1, seed=2))
     loaded.load_state_dict(finished.state_dict())
     assert torch.equal(finished(episode), before) and torch.equal(loaded(episode), before)
+    finished.save(tmp_path / "finished.safetensors")
+    assert torch.equal(load(tmp_path / "finished.safetensors")(episode), before)
     with pytest.raises(ValueError, match="1 outputs but there are 6 classes"):
         finished(ClassificationSampler(patterned_classes(), 2).sample(1))
 
