@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import blake2b
 
 import torch
 from jaxtyping import Float
@@ -18,6 +21,8 @@ from metatutor.learner import Loss, NetworkLearner
 Logits = Float[Tensor, "task query way"]
 Support = Float[Tensor, "task support embedding"]
 Query = Float[Tensor, "task query embedding"]
+
+_MOST_REMEMBERED = 2**27  # numbers, 512 MiB in full precision
 
 
 class EmbeddingLearner(NetworkLearner):
@@ -67,6 +72,7 @@ class EmbeddingLearner(NetworkLearner):
             )
         super().__init__(embedding, loss)
         self.finetune_steps, self.finetune_lr = finetune_steps, finetune_lr
+        self._remembered: _Remembered | None = None
 
     @abstractmethod
     def answer(self, episode: Episode) -> Logits:
@@ -90,9 +96,23 @@ class EmbeddingLearner(NetworkLearner):
         """Embeddings of the support and of the query images; each task is normalised separately."""
         n_support = episode.support_images.shape[1]
         images = torch.cat([episode.support_images, episode.query_images], dim=1)
-        embeddings = self.of_tasks(lambda of_task: self.network.embed(of_task, n_support), images)
+        embed = self._remembered or self.network.embed
+        embeddings = self.of_tasks(lambda of_task: embed(of_task, n_support), images)
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))  # what is compared, exactly
         return embeddings[:, :n_support], embeddings[:, n_support:]
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Within the block an image that comes again is not embedded again, where nothing but itself can matter.
+
+        That is on a CPU, with a network of the package with group normalisation, and without fine-tuning.
+        """
+        alone = self.network.normalization == "group" and not self.finetune_steps and self.device.type == "cpu"
+        self._remembered = _Remembered(self.network) if alone else None
+        try:
+            yield
+        finally:
+            self._remembered = None
 
     def of_tasks(self, function, *tensors: Tensor) -> Tensor:
         """A function's result for every task's tensors, each task processed separately.
@@ -111,3 +131,23 @@ class EmbeddingLearner(NetworkLearner):
                 gradients = gradients_of(call_method(self, own, self.finetune_loss, asked), list(own.values()))
             own = {n: p.detach() - self.finetune_lr * g for (n, p), g in zip(own.items(), gradients, strict=True)}
         return own
+
+
+class _Remembered:
+    """A network's embeddings, each computed once: evaluations ask for the same images hundreds of times."""
+
+    def __init__(self, network: Embedding) -> None:
+        self.network, self.size = network, 0
+        self.known: dict[bytes, Tensor] = {}
+
+    def __call__(self, images: Tensor, n_support: int | None = None) -> Tensor:
+        """Embeddings of images, `[image, channel, height, width]`."""
+        rows = images.detach().flatten(1).contiguous().view(torch.uint8).numpy()
+        keys = [blake2b(row, digest_size=16).digest() for row in rows]
+        new = {key: i for i, key in enumerate(keys) if key not in self.known}
+        found = dict(zip(new, self.network.embed(images[list(new.values())]), strict=True)) if new else {}
+        embeddings = torch.stack([found[key] if key in found else self.known[key] for key in keys])
+        if self.size < _MOST_REMEMBERED:
+            self.known |= found
+            self.size += sum(embedding.numel() for embedding in found.values())
+        return embeddings

@@ -112,13 +112,13 @@ def scores(
 
     Accuracies from 0 to 1, one per episode, or `[episode, instance]` for streams; squared errors `[episode, step]` for
     regressions. `tasks_per_batch` tasks are answered side by side, which does not change the result, except for
-    rounding.
+    rounding. Learners that embed each image alone do not embed one again that comes again (`learner.remembering`).
     """
     check_sizes(tasks_per_batch=tasks_per_batch)
     if stream and not learner.reads_streams:
         raise ValueError(f"{type(learner).__name__} answers no streams; leave stream out")
     sizes = [min(tasks_per_batch, n_episodes - start) for start in range(0, n_episodes, tasks_per_batch)]
-    with evaluating(learner):
+    with evaluating(learner), learner.remembering():
         episodes = (learner.taken(sampler.sample(size)) for size in sizes)
         return torch.cat([learner.measure(episode, stream=stream).cpu().double() for episode in episodes])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +115,10 @@ class Learner(Described, nn.Module, ABC):
 
     def finish(self) -> None:
         """Drop what only the outer loop needed, before the parameters are recorded: by default, nothing."""
+
+    def remembering(self) -> AbstractContextManager[None]:
+        """What it may remember of images while it is evaluated, to be faster: by default, nothing."""
+        return nullcontext()
 
     @property
     def device(self) -> torch.device:

@@ -18,11 +18,12 @@ from metatutor import Matching, MetaNet, PretrainedCosine, PretrainedFinetuned, 
 from metatutor.backbones import ConvNet, Network, Normalization, backbone
 from metatutor.embedding import EmbeddingLearner
 from metatutor.episodes import Episode
-from metatutor.learner import load
+from metatutor.evaluation import scores
+from metatutor.learner import Learner, load
 from metatutor.memory import MANN, SNAIL, FeedForward, PlainLSTM
 from metatutor.testing import check_learner
 from tests.networks import NETWORKS, SIZE, frozen, sequential, with_running_statistics
-from tests.tasks import close
+from tests.tasks import Always, close
 
 Build = Callable[..., EmbeddingLearner]
 Episodes = Callable[..., Episode]
@@ -60,6 +61,63 @@ def policies() -> pytest.MarkDecorator:
     """Every method with the policies that suit it."""
     sets = [(name, policy) for name in METRIC | SETS for policy in ("batch", "support", "group")]
     return pytest.mark.parametrize(("name", "normalization"), sets + [(name, "group") for name in STREAMS])
+
+
+# --- images that come again -----------------------------------------------------------------------------------------
+
+
+def counted(method: EmbeddingLearner, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the network's `embed` is given from now on."""
+    sizes: list[int] = []
+    embed = method.network.embed
+
+    def counting(images: Tensor, n_support: int | None = None) -> Tensor:
+        sizes.append(len(images))
+        return embed(images, n_support)
+
+    monkeypatch.setattr(method.network, "embed", counting)
+    return sizes
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"relation"}))  # which compares feature maps
+def test_while_it_is_evaluated_no_image_is_embedded_twice(
+    name: str, random_episode: Episodes, monkeypatch: pytest.MonkeyPatch
+):
+    method, tasks = learner(name), random_episode(3)
+    n_images = tasks.support_labels.numel() + tasks.query_labels.numel()
+    sizes, found = counted(method, monkeypatch), scores(method, Always(tasks), 6, tasks_per_batch=3)
+    assert sum(sizes) == n_images
+    monkeypatch.setattr(EmbeddingLearner, "remembering", Learner.remembering)
+    assert close(scores(method, Always(tasks), 6, tasks_per_batch=3), found)
+    assert sum(sizes) == n_images + 2 * n_images
+
+
+@pytest.mark.parametrize(
+    ("normalization", "more"), [("batch", {}), ("support", {}), ("group", {"finetune_steps": 1}), ("group", {})]
+)
+def test_nothing_is_remembered_where_more_than_the_image_matters(
+    normalization: Normalization, more: dict[str, int], random_episode: Episodes, monkeypatch: pytest.MonkeyPatch
+):
+    method, tasks = learner("prototypical", normalization, **more), random_episode(2)
+    sizes = counted(method, monkeypatch)
+    with method.remembering():
+        first = method(tasks)
+        once = sum(sizes)
+        assert close(method(tasks), first)
+    assert sum(sizes) == once * (1 if (normalization, more) == ("group", {}) else 2)
+    method(tasks)
+    assert sum(sizes) > once, "and nothing afterwards"
+
+
+def test_memory_has_an_end(random_episode: Episodes, monkeypatch: pytest.MonkeyPatch):
+    method, (first, second) = learner("prototypical"), (random_episode(1, seed=seed) for seed in (0, 1))
+    monkeypatch.setattr("metatutor.embedding._MOST_REMEMBERED", 1)
+    sizes, expected = counted(method, monkeypatch), [method(first), method(second)]
+    once = sum(sizes) // 2
+    with method.remembering():
+        for task, logits in ((first, expected[0]), (second, expected[1])) * 2:
+            assert close(method(task), logits)
+    assert sum(sizes) == 2 * once + once + 2 * once, "only the first task is remembered"
 
 
 # --- task by task -------------------------------------------------------------------------------------------------
