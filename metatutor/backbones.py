@@ -318,16 +318,21 @@ class ResNet(Embedding):
     Every block but the last halves its image by max-pooling, rounded up: 28×28 pixels become 14×14 by the first
     convolution, then 7×7 and, with three blocks, 4×4.
 
+    Fine images cost hardly more than coarse ones if their pixels are rearranged first: with `unshuffle=3`, each square
+    of 3×3 pixels becomes one pixel with nine times the channels, so that 84×84 pixels are computed like 28×28.
+
     Args:
         n_outputs: logits at the end, the ways of a task; None: no last layer, the network embeds.
         widths: channels of each residual block; the first convolution has as many as the first block.
+        members: networks of these widths side by side, each with weights of its own; their embeddings are concatenated.
+        unshuffle: the side of the squares of pixels that are rearranged into channels (`torch.nn.PixelUnshuffle`).
         shift: in evaluation mode, an embedding is the mean over the image and the image moved by this many pixels to
             each of the four sides: five passes instead of one; 0: the image alone.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
 
     Raises:
-        ValueError: if a size is not positive, or the image is too small for the blocks.
+        ValueError: if a size is not positive, the image is too small for the blocks, or it is not made of such squares.
 
     Example:
         >>> ResNet(widths=(8, 16))(torch.rand(2, 1, 28, 28)).shape
@@ -335,7 +340,7 @@ class ResNet(Embedding):
 
     Reference:
         He et al. (2016), section 3.3; in few-shot learning: Chen et al. (2019), section 4.3; group normalisation: Wu &
-        He (2018).
+        He (2018); pixels as channels: Shi et al. (2016), section 2.2, the other way round.
     """
 
     def __init__(
@@ -343,24 +348,28 @@ class ResNet(Embedding):
         n_outputs: int | None = None,
         *,
         widths: Sequence[int] = (64, 128, 160),
+        members: int = 1,
+        unshuffle: int = 1,
         shift: int = 0,
         in_channels: int = 1,
         image_size: int = 28,
     ) -> None:
         super().__init__()
         check_sizes(n_outputs=n_outputs, in_channels=in_channels, image_size=image_size, n_blocks=len(widths))
-        check_sizes(**{f"widths[{i}]": width for i, width in enumerate(widths)})
+        check_sizes(members=members, unshuffle=unshuffle, **{f"widths[{i}]": width for i, width in enumerate(widths)})
         check_not_negative(shift=shift)
-        if 2 ** len(widths) > 2 * image_size:
-            raise ValueError(f"{len(widths)} blocks halve a {image_size}×{image_size} image to nothing; use fewer")
+        if image_size % unshuffle:
+            raise ValueError(f"unshuffle={unshuffle} does not divide image_size={image_size}; choose a divisor")
+        side = image_size // unshuffle
+        if 2 ** len(widths) > 2 * side:
+            raise ValueError(f"{len(widths)} blocks halve a {side}×{side} image to nothing; use fewer")
         self.n_outputs, self.shift, self.image_shape = n_outputs, shift, (in_channels, image_size, image_size)
-        self.first = _normalised(in_channels, widths[0], stride=2)
-        pairs = list(pairwise([widths[0], *widths]))
-        self.blocks = nn.ModuleList(ResidualBlock(i, o, halves=n + 1 < len(pairs)) for n, (i, o) in enumerate(pairs))
-        size = -(-image_size // 2 ** len(widths))
-        self.feature_shape = (widths[-1], size, size)
-        self.normalization, self.largest_activation = "group", widths[0] * (-(-image_size // 2)) ** 2
-        self.embedding_size = n_features = widths[-1] * size * size
+        self.unshuffle = nn.PixelUnshuffle(unshuffle)
+        self.members = nn.ModuleList(_trunk(in_channels * unshuffle**2, widths) for _ in range(members))
+        size = -(-side // 2 ** len(widths))
+        self.feature_shape = (members * widths[-1], size, size)
+        self.normalization, self.largest_activation = "group", members * widths[0] * (-(-side // 2)) ** 2
+        self.embedding_size = n_features = members * widths[-1] * size * size
         self.head = nn.Identity() if n_outputs is None else nn.Linear(n_features, n_outputs)
         self.head_prefix = None if n_outputs is None else "head."
 
@@ -373,14 +382,19 @@ class ResNet(Embedding):
         return torch.stack([self._features(F.pad(images, (x, -x, y, -y))) for x, y in sides]).mean(0)
 
     def _features(self, images: Images) -> Float[Tensor, "n filter h w"]:
-        images = F.relu(self.first(images))
-        for block in self.blocks:
-            images = block(images)
-        return images
+        images = self.unshuffle(images)
+        return torch.cat([member(images) for member in self.members], dim=1)
 
     def embed(self, images: Images, n_support: int | None = None) -> Float[Tensor, "n embedding"]:
         """The input of the last layer, in the precision of the images, even under autocast."""
         return self.features(images, n_support).flatten(1).to(images.dtype)
+
+
+def _trunk(in_channels: int, widths: Sequence[int]) -> nn.Sequential:
+    """A strided convolution and residual blocks."""
+    pairs = list(pairwise([widths[0], *widths]))
+    blocks = [ResidualBlock(i, o, halves=n + 1 < len(pairs)) for n, (i, o) in enumerate(pairs)]
+    return nn.Sequential(_normalised(in_channels, widths[0], stride=2), nn.ReLU(), *blocks)
 
 
 class ResidualBlock(nn.Module):

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, Valid
 from torch import nn
 
 from metatutor.data import Omniglot, Sinusoids, Splits, Strokes
+from metatutor.data.omniglot import check_image_size
 from metatutor.episodes import EpisodeSpec
 from metatutor.learner import Learner
 from metatutor.training import TrainConfig, check_seed
@@ -126,6 +127,7 @@ class DataConfig:
         rotations: whether rotated characters are classes of their own.
         together: the share of training tasks whose characters all come from one alphabet.
         warp: whether training images are rotated, stretched, sheared and shifted a little, at random.
+        image_size: height and width in pixels; Omniglot's are shrunk from 105, Strokes are drawn with 28.
     """
 
     source: Literal["omniglot", "strokes"] = "omniglot"
@@ -134,17 +136,27 @@ class DataConfig:
     rotations: bool = True
     together: float = 0.0
     warp: bool = False
-    shape: ClassVar[tuple[int, ...]] = (1, 28, 28)
+    image_size: int = 28
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_image_size(self.image_size)
+        if self.source == "strokes" and self.image_size != 28:
+            raise ValueError(f"Strokes are drawn with 28×28 pixels, got image_size={self.image_size}; use 28")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of an image: channels, height and width."""
+        return (1, self.image_size, self.image_size)
 
     def load(self, root: Path | str | None = None) -> Splits:
         """The three splits; `root` is the folder with Omniglot (see `Omniglot.load`)."""
         if self.source == "strokes":
             splits = _strokes().split(seed=self.seed, rotations=self.rotations)
         else:
-            splits = Omniglot.load(root).split(self.split, seed=self.seed, rotations=self.rotations)
+            splits = Omniglot.load(root, image_size=self.image_size).split(
+                self.split, seed=self.seed, rotations=self.rotations
+            )
         return replace(splits, train=replace(splits.train, together=self.together))
 
 

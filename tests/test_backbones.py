@@ -425,8 +425,8 @@ def test_a_residual_network_halves_by_its_first_convolution_and_every_block_but_
 
 def test_a_residual_block_is_what_its_paper_writes():
     network = random(ResNet(widths=(8, 16)))
-    images, [block, last] = pixels(3, channels=1, size=28), network.blocks
-    weight, *norm = network.first.parameters()
+    images, [[first, _, block, last]] = pixels(3, channels=1, size=28), network.members
+    weight, *norm = first.parameters()
     maps = F.relu(F.group_norm(F.conv2d(images, weight, stride=2, padding=1), 8, *norm))
     for residual, halves in ((block, True), (last, False)):
         (first, *norm_1), (second, *norm_2), (beside, *norm_3) = (
@@ -441,6 +441,7 @@ def test_a_residual_block_is_what_its_paper_writes():
 
 @pytest.mark.parametrize("method", [MAML, Prototypical])
 def test_a_residual_network_keeps_the_contract_in_double_precision_too(method: Any):
+    torch.manual_seed(0)  # with few others, a ReLU or a maximum changes between the points of a finite difference
     check_learner(method(ResNet(5, widths=(8, 8))))
 
 
@@ -448,6 +449,28 @@ def test_images_of_a_residual_network_do_not_see_each_other():
     network, images = random(ResNet(widths=(8, 8))), pixels(4, size=28)
     torch.testing.assert_close(network(images)[:1], network(images[:1]))
     assert not network.transductive
+
+
+def test_members_of_a_residual_network_stand_side_by_side():
+    images, network = pixels(2, size=28), random(ResNet(5, widths=(4, 6), members=2))
+    halves = []
+    for member in network.members:
+        alone = random(ResNet(widths=(4, 6)))
+        alone.members[0].load_state_dict(member.state_dict())
+        halves.append(alone(images))
+    assert not torch.equal(*halves) and network.feature_shape == (12, 7, 7)
+    torch.testing.assert_close(network.embed(images), torch.cat(halves, dim=1))
+    torch.testing.assert_close(network(images), network.head(network.embed(images)))
+
+
+def test_squares_of_pixels_become_channels():
+    images = pixels(2, channels=2, size=12)
+    network = random(ResNet(widths=(4, 6), unshuffle=3, in_channels=2, image_size=12))
+    plain = random(ResNet(widths=(4, 6), in_channels=18, image_size=4))
+    plain.load_state_dict(network.state_dict())
+    squares = images.unflatten(3, (4, 3)).unflatten(2, (4, 3))  # image, channel, y, y in square, x, x in square
+    torch.testing.assert_close(network(images), plain(squares.permute(0, 1, 3, 5, 2, 4).reshape(2, 18, 4, 4)))
+    assert network.image_shape == (2, 12, 12) and network.feature_shape == (6, 1, 1)
 
 
 def test_moved_images_are_averaged_in_evaluation_mode_only():
@@ -465,6 +488,10 @@ def test_sizes_of_a_residual_network_are_checked():
         ({"widths": (8, 0)}, r"widths\[1\]"),
         ({"shift": -1}, "shift"),
         ({"widths": (8,) * 6}, "halve a 28×28 image to nothing"),
+        ({"widths": (8,) * 5, "unshuffle": 2}, "halve a 14×14 image to nothing"),
+        ({"members": 0}, "members"),
+        ({"unshuffle": 0}, "unshuffle"),
+        ({"unshuffle": 3}, "unshuffle=3 does not divide image_size=28; choose a divisor"),
     ):
         with pytest.raises(ValueError, match=message):
             ResNet(**options)

@@ -230,6 +230,7 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Any) -> None:
         ("prototypical", {"network": KINDS["pixels"]()}, "has nothing to learn with this network"),
         ("maml", {"network": CONV(in_channels=3)}, r"strokes are inputs of \(1, 28, 28\), which this network does not"),
         ("maml", {"network": KINDS["mlp"]()}, "which this network does not take"),
+        ("maml", {"data": DataConfig(image_size=14)}, r"omniglot are inputs of \(1, 14, 14\), which this network"),
         ("maml", {"data": SinusoidsConfig()}, r"sinusoids are inputs of \(1,\), which this network does not take"),
         ("mann", {"network": CONV()}, "a stream is answered image by image"),
         ("mann", {"n_way": 3}, "mann is made for n_way = 5, not 3; make them agree"),
@@ -245,6 +246,27 @@ def test_arguments_that_do_not_go_together_are_refused_at_once(method: str, chan
     with pytest.raises(ValueError, match=message) as error:
         config(method, **changes)
     assert "\n" not in str(error.value)
+
+
+def test_images_are_loaded_in_the_size_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def load(root: object, *, image_size: int) -> object:
+        sizes.append(image_size)
+        raise InterruptedError
+
+    monkeypatch.setattr("metatutor.config.Omniglot.load", load)
+    run = config("maml", data=DataConfig(image_size=14), network=CONV(image_size=14))
+    with pytest.raises(InterruptedError):
+        run.data.load()
+    assert sizes == [14] and parse_config(config_text(run)) == run
+
+
+def test_a_size_that_images_cannot_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="image_size must be from 1 to 105 pixels, got 106"):
+        DataConfig(image_size=106)
+    with pytest.raises(ValueError, match=r"Strokes are drawn with 28×28 pixels, got image_size=14; use 28"):
+        DataConfig(source="strokes", image_size=14)
 
 
 def test_what_a_method_does_not_use_is_not_written_down() -> None:

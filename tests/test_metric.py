@@ -35,6 +35,7 @@ METHODS: dict[str, Callable[..., EmbeddingLearner]] = {
     "prototypical, euclidean": lambda network, **more: Prototypical(network, distance="euclidean", **more),
     "prototypical, cosine": lambda network, **more: Prototypical(network, distance="cosine", **more),
     "prototypical, in turn": lambda network, **more: Prototypical(network, in_turn=True, **more),
+    "prototypical, in parts": lambda network, **more: Prototypical(network, in_turn=True, parts=4, **more),
     "matching": Matching,
     "matching, full context": lambda network, **more: Matching(network, full_context=True, **more),
     "relation": Relation,
@@ -111,6 +112,35 @@ def test_every_image_is_a_support_image_in_turn(k_shot: int, distance: Distance)
     plain = Prototypical(method.network, distance=distance, loss=smooth)
     assert close(method(task), plain(task))  # answers are as ever, and so is fine-tuning
     assert close(method.finetune_loss(task), plain.finetune_loss(task))
+
+
+class OnlyPart(nn.Module):
+    """One of the equal parts of an embedding."""
+
+    def __init__(self, network: nn.Module, part: int, of: int) -> None:
+        super().__init__()
+        self.network, self.part, self.of = network, part, of
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images).chunk(self.of, dim=1)[self.part]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_in_training_every_part_of_an_embedding_answers_alone(in_turn: bool):
+    task, network = episode(2), small()
+    in_parts = Prototypical(network, in_turn=in_turn, parts=2)
+    alone = [Prototypical(OnlyPart(network, i, 2), in_turn=in_turn) for i in range(2)]
+    losses = [part.meta_loss(task) for part in alone]
+    assert not close(*losses) and close(in_parts.meta_loss(task), torch.stack(losses).mean())
+    assert close(in_parts(task), alone[0](task) + alone[1](task))  # together, their squared distances add up
+
+
+@pytest.mark.usefixtures("unchecked_types")
+def test_parts_are_equal():
+    with pytest.raises(ValueError, match="an embedding of 64 numbers has no 3 equal parts; change parts"):
+        Prototypical(small(), parts=3).meta_loss(episode(1))
+    with pytest.raises(ValueError, match="parts must be a positive integer, got 0"):
+        Prototypical(small(), parts=0)
 
 
 @pytest.mark.usefixtures("unchecked_types")
@@ -287,7 +317,7 @@ def test_learns_one_episode_by_heart(name: str):
 # --- the loss is an argument ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("siamese", "prototypical, in turn")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "siamese" and ", in " not in name])
 def test_a_loss_of_ones_own_counts(name: str):
     """A module too, such as cross-entropy with smoothed labels; in the meta-loss and in fine-tuning."""
     task, smooth = episode(2), nn.CrossEntropyLoss(label_smoothing=0.1)

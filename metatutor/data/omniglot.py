@@ -219,7 +219,8 @@ def _labels(source: Path) -> Int64[Tensor, "20 20"]:
 # --- pixels, once ---
 
 
-def _check_size(image_size: int) -> None:
+def check_image_size(image_size: int) -> None:
+    """Raise a `ValueError` if Omniglot's images, of 105×105 pixels, cannot be read in this size."""
     if not 1 <= image_size <= 105:
         raise ValueError(f"image_size must be from 1 to 105 pixels, got {image_size}")
 
@@ -366,7 +367,7 @@ class Omniglot(Alphabets):
             ValueError: if the data are missing, incomplete or not Omniglot, or the cache cannot be written.
             DownloadError: if no source gives an intact copy.
         """
-        _check_size(image_size)
+        check_image_size(image_size)
         sources = {part: _locate(root, part, download) for part in parts}
         path = _cache_file(sources, image_size)
         if kept := _read_cache(path):
@@ -438,7 +439,7 @@ def one_shot_runs(root: Path | str | None = None, *, download: bool = True, imag
     The data are looked for as `Omniglot.load` does, as `all_runs.zip` or the folder that it unpacks to. Support image
     `i` is of class `i`. Lake, Salakhutdinov and Tenenbaum (2015), figure 6A.
     """
-    _check_size(image_size)
+    check_image_size(image_size)
     source = _locate(root, _RUNS, download)
     query, support = _decode(source, _RUNS, image_size)[1].float().div_(255).unflatten(0, (20, 2)).unbind(1)
     with _reading(source):

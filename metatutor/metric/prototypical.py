@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metatutor.checks import check_choice
-from metatutor.embedding import EmbeddingLearner, Logits, Query
+from metatutor.checks import check_choice, check_sizes
+from metatutor.embedding import EmbeddingLearner, Logits, Query, Support
 from metatutor.episodes import Episode
 from metatutor.functional import class_means
 from metatutor.learner import Loss
@@ -35,6 +35,9 @@ class Prototypical(EmbeddingLearner):
         network: the embedding `f` (see `EmbeddingLearner`).
         distance: `"squared"` (Euclidean), `"euclidean"`, or `"cosine"`, whose logits are 10 times the cosine.
         in_turn: whether, in training, every image of a class is a support image in turn.
+        parts: in how many equal parts the embedding falls, such as those of networks side by side
+            (`ResNet(members=...)`). In training, each part answers alone and has its own loss, so that such networks
+            learn apart; elsewhere all of them answer together, with the whole embedding.
         finetune_steps: steps of gradient descent on each support set at test time (see `EmbeddingLearner`).
         finetune_lr: learning rate of fine-tuning.
         loss: function of logits and labels; default: cross-entropy.
@@ -56,18 +59,22 @@ class Prototypical(EmbeddingLearner):
         *,
         distance: Distance = "squared",
         in_turn: bool = False,
+        parts: int = 1,
         finetune_steps: int = 0,
         finetune_lr: float = 0.01,
         loss: Loss | None = None,
     ) -> None:
         super().__init__(network, finetune_steps=finetune_steps, finetune_lr=finetune_lr, loss=loss)
         check_choice("distance", distance, get_args(Distance))
+        check_sizes(parts=parts)
         self.distance: Distance = distance
-        self.in_turn = in_turn
+        self.in_turn, self.parts = in_turn, parts
 
     def answer(self, episode: Episode) -> Logits:
         """Minus the distance of each query image to each prototype."""
-        support, query = self.embed(episode)
+        return self._answer(*self.embed(episode), episode)
+
+    def _answer(self, support: Support, query: Query, episode: Episode) -> Logits:
         with torch.autocast(query.device.type, enabled=False):
             prototypes = class_means(support, episode.support_labels, episode.n_way)
         return similarity(query, prototypes, self.distance)
@@ -76,15 +83,26 @@ class Prototypical(EmbeddingLearner):
         """The mean loss of the query images; with `in_turn`, also over the tasks in which the images change places.
 
         Raises:
-            ValueError: with `in_turn`, if a class of a task has more images than another.
+            ValueError: with `in_turn`, if a class of a task has more images than another; if the embedding does not
+                fall into equal `parts`.
         """
-        if not self.in_turn:
-            return super().meta_loss(episode)
+        support, query = self.embed(episode)
+        if support.shape[-1] % self.parts:
+            size = support.shape[-1]
+            raise ValueError(f"an embedding of {size} numbers has no {self.parts} equal parts; change parts")
+        loss_of = self._loss_in_turn if self.in_turn else self._loss
+        parts = zip(support.chunk(self.parts, -1), query.chunk(self.parts, -1), strict=True)
+        return torch.stack([loss_of(*part, episode) for part in parts]).mean()
+
+    def _loss(self, support: Support, query: Query, episode: Episode) -> Float[Tensor, ""]:
+        return self.loss(self._answer(support, query, episode).flatten(0, 1), episode.query_labels.flatten())
+
+    def _loss_in_turn(self, support: Support, query: Query, episode: Episode) -> Float[Tensor, ""]:
         labels = torch.cat([episode.support_labels, episode.query_labels], dim=1)
         n_way, n_images = episode.n_way, labels.shape[1] // episode.n_way
         if (F.one_hot(labels, n_way).sum(1) != n_images).any():
             raise ValueError("in_turn needs equally many images of every class; use in_turn=False for such tasks")
-        embeddings = torch.cat(self.embed(episode), dim=1)
+        embeddings = torch.cat([support, query], dim=1)
         order = labels.argsort(stable=True)[..., None].expand_as(embeddings)
         by_class = embeddings.gather(1, order).unflatten(1, (n_way, n_images))  # [task, way, image, embedding]
         k_shot = episode.support_labels.shape[1] // n_way
