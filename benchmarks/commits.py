@@ -62,7 +62,9 @@ def rows_in(folder: Path, settings: Sequence[str], rounds: int, threads: int | N
     words = ["--peers", "--settings", *settings, "--rounds", str(rounds), "--json", str(file)]
     words += [] if threads is None else ["--threads", str(threads)]
     command = [sys.executable, "benchmarks/maml_step.py", *words]
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, capture_output=True)
+    subprocess.run(
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=True, stdout=subprocess.DEVNULL
+    )
     return json.loads(file.read_text())
 
 

@@ -940,12 +940,6 @@ def test_two_processes_with_half_the_tasks_each_are_one(tmp_path: Path):
     assert [row["meta_loss"] for row in history] == pytest.approx([row["meta_loss"] for row in expected], rel=1e-11)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    programs = {"train_slowly": train_slowly, "train_a_share": train_a_share}
-    cast(Callable[[Path], None], programs[sys.argv[1]])(Path(sys.argv[2]))
-
-
 def test_a_sampler_that_cannot_go_on_is_refused_before_the_first_step(tmp_path: Path):
     class Stateless:
         def sampler(self, spec: EpisodeSpec, *, seed: int = 0) -> Any:
@@ -960,3 +954,9 @@ def test_a_sampler_that_cannot_go_on_is_refused_before_the_first_step(tmp_path: 
     ):
         train(learner, Stateless(), EpisodeSpec(5, 1, 1), TrainConfig(1), folder=tmp_path, device="cpu")
     assert not list(tmp_path.iterdir())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    programs = {"train_slowly": train_slowly, "train_a_share": train_a_share}
+    cast(Callable[[Path], None], programs[sys.argv[1]])(Path(sys.argv[2]))
