@@ -95,3 +95,7 @@ def test_a_folder_for_each_class(tmp_path: Path):
         from_folder(tmp_path)
     with pytest.raises(ValueError, match="holds no images; put those of each class into a folder of its own there$"):
         from_folder(tmp_path / "cups")
+    path.unlink()
+    (tmp_path / "jugs").mkdir()
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'jugs'))} holds no images; put some there, or"):
+        from_folder(tmp_path)

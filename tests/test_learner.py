@@ -91,6 +91,7 @@ def test_pictures_are_taken_as_they_come(given: Any):
             "support_images are PIL images; give numpy.asarray(image) of each, or use FewShotClassifier for them",
         ),
         ("abc", "support_images must be tensors or arrays of numbers, got str"),
+        (PICTURES.long(), "support_images are integers of 0 and 1, but bytes go up to 255 (ink); give images > 0"),
     ],
 )
 def test_pictures_that_cannot_be_taken(given: Any, message: str):

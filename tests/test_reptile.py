@@ -64,7 +64,7 @@ def naive(learner: Reptile, task: Episode) -> Parameters:
     of_class = [[i for i, label in enumerate(labels.tolist()) if label == way] for way in range(task.n_way)]
     for step in range(learner.inner_steps):
         chosen = list(range(len(labels)))
-        if learner.shots_per_step is not None and learner.shots_per_step < len(of_class[0]):
+        if learner.shots_per_step is not None and learner.shots_per_step * task.n_way < len(labels):
             turns = [step * learner.shots_per_step + i for i in range(learner.shots_per_step)]
             chosen = [mine[turn % len(mine)] for mine in of_class for turn in turns]
         optimizer.zero_grad()
@@ -93,6 +93,16 @@ def test_the_update_is_the_mean_of_what_adam_does_to_each_task(
     assert learner.meta_loss(episode).item() == pytest.approx(sum(distances) / 6, rel=1e-7)
     mean = torch.stack([flat(of_task.values()) for of_task in expected]).mean(0)
     assert close(gradient_of(learner, episode), flat(initial.values()) - mean, 1e-7)
+
+
+@pytest.mark.parametrize("shots_per_step", [1, 2, 3])
+def test_each_class_takes_its_own_turns(random_episode: Episodes, shots_per_step: int):
+    """One, three and five images: a class that has been seen begins again, the others go on; three a class are all."""
+    task, learner = random_episode(n_tasks=1, k_shot=3), small(inner_steps=4, shots_per_step=shots_per_step)
+    uneven = replace(task, support_labels=torch.tensor([[2, 1, 2, 0, 1, 2, 2, 1, 2]]))
+    adapted = learner.adapt(uneven)
+    for name, expected in naive(learner, uneven.task(0)).items():
+        assert close(adapted[name][0], expected, 1e-7), name
 
 
 def test_adam_goes_on_where_the_tasks_before_left_it(random_episode: Episodes):

@@ -70,7 +70,12 @@ def config(language: str, collect: bool = False) -> dict[str, Any]:
 
 
 def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
-    """A folder of sources for each edition: prose, executed notebooks, settings."""
+    """A folder of sources for each edition: prose, executed notebooks, settings.
+
+    Messages are collected from what notebooks show too, so those that show nothing would lose their translations.
+    """
+    if collect and (silent := [path.name for path in sorted(executed.glob("*.ipynb")) if not _shows_something(path)]):
+        raise SystemExit(f"not executed: {', '.join(silent)}; delete {executed} and run make translations again")
     shutil.rmtree(folder, ignore_errors=True)
     shown = chinese.translations(chinese.OUTPUTS)
     for language, name in chinese.FOLDERS.items():
@@ -92,6 +97,10 @@ def write_sources(executed: Path, folder: Path, collect: bool = False) -> None:
             if language == "zh_CN":
                 notebook = chinese.with_figure_texts(notebook, chinese.translations(f"notebooks/{path.stem}"), shown)
             (sources / "notebooks" / path.name).write_text(json.dumps(notebook, ensure_ascii=False), encoding="utf-8")
+
+
+def _shows_something(notebook: Path) -> bool:
+    return any(cell.get("outputs") for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"])
 
 
 def write_site(folder: Path) -> None:

@@ -54,11 +54,15 @@ def from_dataset(dataset: Any, *, image_size: int = 28, channels: int = 1, inver
 def from_folder(folder: Path | str, *, image_size: int = 28, channels: int = 1, invert: bool = False) -> ClassImages:
     """Classes from image files: each sub-folder of `folder` is a class named after it; the rest as in `from_dataset`.
 
-    Any file that Pillow can open will do (see `decoded`); a ValueError names the first that it cannot.
+    Any file that Pillow can open will do (see `decoded`); a ValueError names the first that it cannot, or a sub-folder
+    without a file.
     """
-    files = [(path, name) for path, name in PictureFiles.of(folder).files if name is not None and path.is_file()]
+    found = PictureFiles.of(folder)
+    files = [(path, name) for path, name in found.files if name is not None and path.is_file()]
     if not files:
         raise ValueError(f"{folder} holds no images; put those of each class into a folder of its own there")
+    if empty := sorted(set(found.names) - {name for _, name in files}):
+        raise ValueError(f"{Path(folder) / empty[0]} holds no images; put some there, or delete it")
     pairs = ((picture_of(path), name) for path, name in files)
     return from_dataset(pairs, image_size=image_size, channels=channels, invert=invert)
 
@@ -120,7 +124,8 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
         images: a tensor, an array or a sequence of them, `[image, channel, height, width]` or, with one channel,
             `[image, height, width]`; integers from 0 to 255 or floats from 0 to 1.
         name: what to call them in an error.
-        strokes: whether dark strokes on white paper are an error, as they are for a network that expects ink to be 1.
+        strokes: whether dark strokes on white paper are an error, as they are for a network that expects ink to be 1,
+            and integers that are all 0 or 1, as a single dark picture may have.
     """
     tensor = _stacked(images, name)
     if tensor.dim() == 3:
@@ -141,6 +146,8 @@ def pixels(images: Any, name: str = "images", *, strokes: bool = True) -> Tensor
             f"{name} must be floats from 0 (paper) to 1 (ink) or bytes from 0 to 255, got {tensor.dtype} from {low:g} "
             f"to {high:g}; divide by {by}, or undo the normalisation"
         )
+    if strokes and most == 255 and high == 1:
+        raise ValueError(f"{name} are integers of 0 and 1, but bytes go up to 255 (ink); give images > 0")
     tensor = tensor if tensor.is_floating_point() else tensor.float() / most
     without_greys = ((tensor < 0.1) | (tensor > 0.9)).float().mean() > 0.9
     if strokes and tensor.shape[1] == 1 and without_greys and tensor.mean() > 0.7:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -120,15 +121,15 @@ class Reptile(AdaptingLearner):
     def _mini_batch(self, episode: Episode, step: int) -> Episode:
         """In training, the next shots of every class; after the last one, the first."""
         shots = self.shots_per_step if self.training else None
-        n_support, labels, n_classes = episode.support_images.shape[1], episode.support_labels, episode.n_way
+        labels, n_classes = episode.support_labels, episode.n_way
         if labels.is_floating_point():  # a regression: one class, the points in order
-            n_classes, labels = 1, torch.zeros_like(labels[..., 0])
-        k_shot = n_support // n_classes
-        if shots is None or shots >= k_shot:
+            n_classes, labels = 1, torch.zeros_like(labels[..., 0], dtype=torch.long)
+        if shots is None or shots * n_classes >= labels.shape[1]:
             return episode
-        by_class = labels.argsort(dim=1, stable=True).unflatten(1, (n_classes, k_shot))
-        at = torch.arange(step * shots, (step + 1) * shots, device=by_class.device) % k_shot
-        chosen = by_class[:, :, at].flatten(1)  # [task, way * shots]
+        counts = F.one_hot(labels, n_classes).sum(1)  # [task, way]
+        turns = torch.arange(step * shots, (step + 1) * shots, device=labels.device) % counts[..., None]
+        at = turns + (counts.cumsum(1) - counts)[..., None]  # among the images in the order of their classes
+        chosen = labels.argsort(dim=1, stable=True).gather(1, at.flatten(1))  # [task, way * shots]
         tasks = torch.arange(len(episode), device=chosen.device)[:, None]
         return replace(
             episode,

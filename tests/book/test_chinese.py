@@ -233,6 +233,15 @@ def test_editions_differ_in_language_and_know_their_addresses() -> None:
     assert english["sphinx"]["config"] | ours == written["sphinx"]["config"] | ours
 
 
+def test_messages_are_not_collected_from_notebooks_that_show_nothing(tmp_path: Path) -> None:
+    for name, outputs in (("shown", ["a figure"]), ("silent", [])):
+        cells = [{"cell_type": "markdown"}, {"cell_type": "code", "outputs": outputs}]
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps({"cells": cells}))
+    with pytest.raises(SystemExit, match="^not executed: silent.ipynb; delete "):
+        editions.write_sources(tmp_path, tmp_path / "sources", collect=True)
+    assert not (tmp_path / "sources").exists()
+
+
 def test_a_site_has_both_editions_a_map_and_a_page_for_wrong_addresses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
