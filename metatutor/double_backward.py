@@ -44,8 +44,10 @@ def batch_norm(
     `y = weight * (images - mean) / sqrt(var + 1e-5) + bias`, mean and (biased) variance over n, h and w: Ioffe &
     Szegedy (2015), algorithm 1. A third derivative raises a RuntimeError.
     """
-    never_zero = weight + (weight == 0) * 1e-12  # the double backward divides by it
-    return _Norm.apply(images.to(weight.dtype), never_zero, bias)[0]  # under autocast, statistics in full precision
+    full = torch.promote_types(weight.dtype, torch.float32)  # of the statistics, also where all else is halved
+    scale = weight.to(full)
+    never_zero = scale + (scale == 0) * 1e-12  # the double backward divides by it
+    return _Norm.apply(images.to(full), never_zero, bias.to(full))[0].to(weight.dtype)
 
 
 def group_norm(

@@ -120,6 +120,17 @@ def test_batch_norm_is_torchs(shape: tuple[int, ...]):
     )
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_batch_norm_of_a_halved_network_has_statistics_in_full_precision(precision: torch.dtype):
+    """Values near 100 differ by half a unit at most in bfloat16: what is left of them must not be rounded again."""
+    images = (100 + random(2, 3, 4, 4)).to(precision).requires_grad_()
+    weight, bias = leaf(3).to(precision), leaf(3, seed=1).to(precision)
+    found = double_backward.batch_norm(images, weight, bias)
+    expected = torch_batch_norm(images.double(), weight.double(), bias.double())
+    torch.testing.assert_close(found, expected.to(precision))
+    assert grad(found.float().pow(2).sum(), images)[0].dtype == precision
+
+
 def test_batch_norm_with_a_weight_of_zero():
     """The double backward divides by the weight."""
     weight = torch.tensor([0.0, 1.5, -0.0], dtype=torch.float64, requires_grad=True)
