@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from common import settings_of, write
 from metatutor.config import DataConfig, RunConfig, TestConfig, load_config, parse_config
 from metatutor.data.omniglot import one_shot_runs
 from metatutor.episodes import Episode
+from metatutor.learner import Learner
 from metatutor.runs import load_learner, read_evaluations, run_folders, run_training, study
 
 MAML, TEST = "omniglot-maml-20w1s", TestConfig(name="lake", n_way=20, k_shot=1)
@@ -57,7 +59,7 @@ BACKGROUND: dict[str, tuple[str, int, dict[str, Any]]] = {  # whose settings, ho
     "pretrained-cosine": ("omniglot-pretrained-cosine-5w1s", 1500, {"n_way": 5, "data": {"together": 0.0}}),
     "best": ("omniglot-best-60w1s", 6000, {"train": {"tasks_per_step": 3}}),
 }
-TESTS = {"best": replace(TEST, n_episodes=300, network={"shift": 1})}  # five passes an image, so fewer tasks
+TESTS = {"best": replace(TEST, n_episodes=300, network={"shift": 4})}  # five passes an image, so fewer tasks
 
 
 def background_config(method: str) -> RunConfig:
@@ -72,25 +74,30 @@ def background_config(method: str) -> RunConfig:
     return parse_config(json.dumps(settings), method)
 
 
-def trials(learner: Any, episode: Episode) -> list[int]:
+@cache
+def drawings(data: Path | None, image_size: int) -> Episode:
+    """The 20 runs in the size that a network takes."""
+    return one_shot_runs(data, image_size=image_size)
+
+
+def trials(learner: Learner, data: Path | None) -> list[int]:
     """How many of the 20 drawings of each run are named wrongly."""
+    episode = drawings(data, getattr(getattr(learner, "network", None), "image_shape", (28,))[-1])
     with torch.no_grad():
         return (learner(episode).argmax(-1) != episode.query_labels).sum(1).tolist()
 
 
-def recorded_runs(episode: Episode) -> Iterator[dict[str, Any]]:
+def recorded_runs(data: Path | None) -> Iterator[dict[str, Any]]:
     """Every recorded learner that takes 20-way tasks."""
     for folder in run_folders():
         config = load_config(folder)
         if isinstance(config.data, DataConfig) and config.data.source == "omniglot":
             learner = load_learner(folder, config)
-            if learner.ways in (None, episode.n_way):
-                yield {"run": folder.name, "split": config.data.split, "wrong": trials(learner, episode)}
+            if learner.ways in (None, TEST.n_way):
+                yield {"run": folder.name, "split": config.data.split, "wrong": trials(learner, data)}
 
 
-def background_runs(
-    episode: Episode, methods: Iterable[str], folder: Path, data: Path | None
-) -> Iterator[dict[str, Any]]:
+def background_runs(methods: Iterable[str], folder: Path, data: Path | None) -> Iterator[dict[str, Any]]:
     """Methods, trained on the background alphabets; a training that was cut off goes on."""
     for method in methods:
         of_run, config, test = folder / method, background_config(method), TESTS.get(method, TEST)
@@ -100,7 +107,7 @@ def background_runs(
         [record] = about["evaluations"]
         start, _, end = method.partition("-plus")
         name = f"omniglot-{start}-20w1s{'-plus' * bool(end)}{end}"
-        row = {"run": name, "split": "lake", "wrong": trials(learner, episode)}
+        row = {"run": name, "split": "lake", "wrong": trials(learner, data)}
         yield row | {"train_seconds": about["train_seconds"], "accuracy": record["accuracy"], "ci95": record["ci95"]}
 
 
@@ -120,14 +127,13 @@ def main(train: Path | None = None, data: Path | None = None, only: tuple[str, .
     if unknown := set(only) - BACKGROUND.keys():
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}; choose among {', '.join(BACKGROUND)}")
     torch.set_num_threads(1)
-    episode = one_shot_runs(data)
     kept = [row for row in study("lake") if row["split"] == "lake"]
     rows: list[dict[str, Any]] = []
-    for row in recorded_runs(episode):
+    for row in recorded_runs(data):
         rows.append(row)
         print(f"{row['run']}: {sum(row['wrong']) / 4:.1f}% wrong", flush=True)
     write("lake", rows + kept)
-    for row in background_runs(episode, only or BACKGROUND, train, data) if train else ():
+    for row in background_runs(only or BACKGROUND, train, data) if train else ():
         kept = [other for other in kept if other["run"] != row["run"]]
         rows.append(row)
         print(f"{row['run']}, background: {sum(row['wrong']) / 4:.1f}% wrong", flush=True)

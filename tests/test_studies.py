@@ -85,6 +85,7 @@ def test_classes_keep_so_many_of_their_support_images() -> None:
         assert len({image.numpy().tobytes() for image in kept} & known) == 8
     found = of_uneven(NearestPixels(), few)
     assert 0 <= found["accuracy"] <= 1 and sum(found["answered"]) == pytest.approx(1)
+    torch.manual_seed(0)  # some networks answer all tasks equally well
     assert of_uneven(Prototypical(ConvNet(filters=4, normalization="group")).eval(), few)["ci95"] > 0
 
 
