@@ -37,6 +37,7 @@ from metatutor.training import accumulate
 
 INNER_LR = 0.4
 
+AT_ONCE = (16, 8, 4, 2, 1)
 STEPS = (1, 2, 5, 10)
 SETTINGS = (
     *(f"strided-{queries}q-{steps}s" for queries in (1, 15) for steps in STEPS),
@@ -51,8 +52,9 @@ class Config(harness.Config):
     Args:
         settings: which settings, such as `pooled-15q-5s`; any numbers will do.
         peers: which peers to compare with, if installed.
-        variants: what else to time: `metatutor-recompute`, `metatutor-compiled`, `metatutor-plain-malloc` (glibc's own
-            memory limits), `plain loop-keep-memory` (the plain loop with ours), `JAX-vmap` (all tasks at once).
+        variants: what else to time: `metatutor-recompute`, `metatutor-compiled`, `metatutor-8-at-once` (or 16, 4, 2, 1
+            tasks side by side, `tasks_at_once` of `train`), `metatutor-plain-malloc` (glibc's own memory limits),
+            `plain loop-keep-memory` (the plain loop with ours), `JAX-vmap` (all tasks at once).
         tasks: tasks in an episode.
         filters: channels of every convolution.
     """
@@ -94,12 +96,14 @@ class Setting:
 Implementation = Callable[[ConvNet, Episode, int], Prepared]
 
 
-def metatutor(network: ConvNet, episode: Episode, inner_steps: int, **options: Any) -> Prepared:
+def metatutor(
+    network: ConvNet, episode: Episode, inner_steps: int, at_once: int | None = None, **options: Any
+) -> Prepared:
     keep_freed_memory_once()  # as `train` does, unless the environment forbids it
     learner = MAML(network, inner_lr=INNER_LR, inner_steps=inner_steps, **options)
 
     def backward() -> None:
-        accumulate(learner, episode)
+        accumulate(learner, episode, at_once)
 
     return network, backward
 
@@ -270,6 +274,7 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "metatutor-recompute": partial(metatutor, recompute=True),
     "metatutor-compiled": partial(metatutor, compiled=True),
     "metatutor-plain-malloc": metatutor,
+    **{f"metatutor-{n}-at-once": partial(metatutor, at_once=n) for n in AT_ONCE},
     "plain loop": plain_loop,
     "plain loop-keep-memory": plain_loop,
     "higher": higher_,
