@@ -66,6 +66,15 @@ def test_chunks_of_the_outer_loop_are_measured(monkeypatch: pytest.MonkeyPatch) 
     assert asked == [3]
 
 
+def test_a_variant_takes_as_many_tasks_at_once_as_its_name_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    loss = maml_step.MAML.meta_loss
+    monkeypatch.setattr(maml_step.MAML, "meta_loss", lambda ours, part: taken.append(len(part)) or loss(ours, part))
+    name = "metatutor-2-at-once"
+    assert check(Setting("strided-1q-1s", tasks=4, filters=8, device="cpu"), [name])[name] < 1e-10
+    assert taken == [2, 2]
+
+
 @pytest.mark.parametrize("script", [maml_step, mann_stream, threads])
 def test_unknown_names(script: ModuleType) -> None:
     for config, message in (
